@@ -24,6 +24,7 @@ Context = Any  # what a network has prepared from the prompt alone
 Latent = Float[Arr, "B H W C"]
 Images = Float[Arr, "B rows columns 3"]
 Tokens = Int32[Arr, "B L"]
+OneTokens = Int32[Arr, "1 L"]  # a caption alone
 PerExample = Float[Arr, " B"]
 Keys = Key[jax.Array, " B"]
 

@@ -1,0 +1,1 @@
+"""Scores: `features` on the mesh, `result` in NumPy f64 on the host, with an interval."""

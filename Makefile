@@ -1,0 +1,53 @@
+# make demo    sets up and runs the main job: encode, train, report
+# make test    sets up and runs the fast tests
+#
+# Both need Python 3.11 or later, make and a package index, and may be run again at any time.
+# Another interpreter: make PYTHON=python3.12 VENV=.venv-3.12 test
+
+PYTHON ?= python3
+VENV ?= .venv
+EXTRAS ?= test
+WORKDIR ?= runs/demo
+PYTEST_FLAGS ?=
+
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/installed[$(EXTRAS)]
+RUN := $(BIN)/python -m
+
+.PHONY: demo test test-slow test-all lint install clean
+.DELETE_ON_ERROR:
+
+demo: install
+	$(RUN) ldm_jax.encode --config=configs/demo.py --workdir=$(WORKDIR)
+	$(RUN) ldm_jax.train --config=configs/demo.py --workdir=$(WORKDIR)
+	$(RUN) ldm_jax.report --workdir=$(WORKDIR)
+
+test: install
+	$(RUN) pytest -q -m "not slow" $(PYTEST_FLAGS)
+
+test-slow: install
+	$(RUN) pytest -q -m slow $(PYTEST_FLAGS)
+
+test-all: install
+	$(RUN) pytest -q $(PYTEST_FLAGS)
+
+lint: install
+	$(RUN) ruff check
+	$(RUN) ruff format --check
+
+install: $(INSTALLED)
+
+# `installing` stands while pip works: where it is found, the last install was cut off and the environment
+# is made anew.
+$(INSTALLED): setup.cfg pyproject.toml
+	@$(PYTHON) -c 'import sys; v = sys.version.split()[0]; sys.exit(sys.version_info < (3, 11) and \
+	  f"ldm_jax needs Python 3.11 or later, and $(PYTHON) is {v}: make PYTHON=python3.12 $(MAKECMDGOALS)")'
+	@if [ -e $(VENV)/installing ] || ! $(RUN) pip --version >/dev/null 2>&1; then \
+	  echo "making the environment $(VENV)"; $(PYTHON) -m venv --clear $(VENV); fi
+	@touch $(VENV)/installing
+	$(RUN) pip install --quiet --disable-pip-version-check --editable ".[$(EXTRAS)]"
+	@rm $(VENV)/installing
+	@touch "$@"
+
+clean:
+	rm -rf $(VENV) .pytest_cache .ruff_cache *.egg-info

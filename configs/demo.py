@@ -1,0 +1,45 @@
+"""The main job in minutes on two cores: one object a scene, the embedded models, a UNet of 1.4M parameters."""
+
+from ldm_jax.config import DataConfig, EvalConfig, RunConfig, SamplingConfig, TrainConfig
+from ldm_jax.configuration import to_config_dict
+from ldm_jax.data.captions import CaptionPolicy
+from ldm_jax.diffusion import Weyl
+from ldm_jax.models.unet_config import UNetConfig
+from ldm_jax.training.optimizer import OptimizerConfig
+
+
+def get_config():
+    """The config of the demo."""
+    return to_config_dict(
+        RunConfig(
+            data=DataConfig(
+                source="scenes:simple?count=20000",
+                validation="scenes:simple?count=256&seed=1",
+                encode_batch=64,
+            ),
+            captions=CaptionPolicy(dropout=0.1, alternatives=0.5),
+            backbone=UNetConfig(
+                channels=(64, 128),
+                num_res_blocks=1,
+                transformer_depth=(1, 1),
+                head_width=32,
+                text_width=64,
+                num_groups=16,
+                sample_size=8,
+            ),
+            prediction="v",
+            draw=Weyl(),
+            optimizer=OptimizerConfig(
+                learning_rate=2e-3, warmup_examples=6_400, schedule="cosine", b2=0.99
+            ),
+            train=TrainConfig(
+                examples=192_000,
+                batch=64,
+                ema=5_000,
+                log_every=3_200,
+                save_every=48_000,
+            ),
+            sampling=SamplingConfig(steps=20, guidance=3.0, batch=64),
+            eval=EvalConfig(every=48_000, prompts="scenes:simple?count=128", shown=32),
+        )
+    )

@@ -1,0 +1,336 @@
+"""From names to objects: what a `RunConfig` stands for. The only place that knows every part."""
+
+import dataclasses
+import functools
+import hashlib
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from ldm_jax import diffusion
+from ldm_jax.config import EMBEDDED, RunConfig
+from ldm_jax.data.latents import Autoencoder, Manifest
+from ldm_jax.data.loader import Loader, fixed_batch
+from ldm_jax.evals.evaluator import Evaluator, Scorer
+from ldm_jax.evals.faithfulness import Faithfulness
+from ldm_jax.evals.generation import Generate, make_generate
+from ldm_jax.evals.prompts import Prompts
+from ldm_jax.metrics.clip_score import CLIPScore
+from ldm_jax.models import names, weights
+from ldm_jax.models.clip import CLIP, CLIPConfig, CLIPText, CLIPTextConfig
+from ldm_jax.models.kl import AutoencoderKL, KLConfig
+from ldm_jax.models.reader import Reader, ReaderConfig
+from ldm_jax.models.tokenizer import Tokenizer
+from ldm_jax.models.unet import UNet
+from ldm_jax.models.unet_config import UNetConfig
+from ldm_jax.nn.functional import Functional, functional
+from ldm_jax.parallel import REPLICATED, make_mesh, shardings
+from ldm_jax.training import State, abstract_state, init_state, make_optimizer, make_step
+from ldm_jax.training.checkpoints import Checkpoints
+from ldm_jax.training.step import Step
+from ldm_jax.types import Cond, Images, Latent, Params, Tokens
+
+MODULES = {UNetConfig: UNet}
+TABLE, RULES = ((".*", REPLICATED),), {}
+
+_log = logging.getLogger(__name__)
+
+
+class Network(NamedTuple):
+    """A frozen network: its config, its functions, and its parameters."""
+
+    config: Any
+    apply: Callable[..., Any]
+    params: Params
+
+
+class Pretrained(NamedTuple):
+    """The frozen networks of one directory; `clip` and `reader` only where it has them."""
+
+    tokenizer: Tokenizer
+    autoencoder: Network
+    text_encoder: Network
+    clip: Network | None
+    clip_tokenizer: Tokenizer
+    reader: Network | None
+
+    @property
+    def params(self) -> Params:
+        """The parameters of all networks, an argument of the jitted programs."""
+        return {name: x.params for name, x in self._asdict().items() if isinstance(x, Network)}
+
+    def encode(self, frozen: Params, text: Tokens | Cond) -> Cond:
+        """Tokens through the text encoder; text that is encoded already as it is."""
+        if isinstance(text, Cond):
+            return text
+        return Cond(tokens=self.text_encoder.apply(frozen["text_encoder"], text).last)
+
+    def encode_images(self, frozen: Params, images: Images) -> Latent:
+        """Images in [-1, 1] to scaled latents."""
+        return self.autoencoder.apply(frozen["autoencoder"], images, method="encode_mode")
+
+    def decode(self, frozen: Params, latents: Latent) -> Images:
+        """Scaled latents to images."""
+        return self.autoencoder.apply(frozen["autoencoder"], latents, method="decode")
+
+
+def load_pretrained(config: RunConfig) -> Pretrained:
+    """Reads the directory `config.pretrained`, in Stable Diffusion's layout as diffusers writes it.
+
+    Beside `vae`, `text_encoder` and `tokenizer` it may hold `clip`, a CLIPModel with its tokenizer that scores, and
+    `reader`, which answers questions about scenes. A score whose network is not there is left out, and it is said.
+
+    Raises:
+      FileNotFoundError, ValueError: no such directory, or weights that are missing or of another shape.
+    """
+    directory = pretrained_directory(config)
+    clip = Path(config.eval.clip) if config.eval.clip else directory / "clip"
+    if not clip.is_dir():
+        _log.warning("There is no CLIP score: %s is no directory (eval.clip names one).", clip)
+    tokenizer = Tokenizer.from_directory(directory / "tokenizer")
+    has_clip = clip.is_dir()
+    return Pretrained(
+        tokenizer=tokenizer,
+        autoencoder=_load(directory / "vae", KLConfig.from_diffusers, AutoencoderKL, names.KL),
+        text_encoder=_load(
+            directory / "text_encoder", CLIPTextConfig.from_transformers, CLIPText, names.CLIP_TEXT
+        ),
+        clip=_load(clip, CLIPConfig.from_transformers, CLIP, names.CLIP) if has_clip else None,
+        clip_tokenizer=Tokenizer.from_directory(clip) if has_clip else tokenizer,
+        reader=_load(directory / "reader", ReaderConfig.from_dict, Reader, names.Names())
+        if (directory / "reader").is_dir()
+        else None,
+    )
+
+
+def pretrained_directory(config: RunConfig) -> Path:
+    """Where the frozen networks are."""
+    if config.pretrained == EMBEDDED:
+        return Path(__file__).parent / "assets" / "scenes"
+    directory = Path(config.pretrained)
+    if not directory.is_dir():
+        raise FileNotFoundError(
+            f"config.pretrained is {config.pretrained!r}, which is no directory; give one in Stable Diffusion's "
+            f"layout (vae, text_encoder, tokenizer), or {EMBEDDED!r}"
+        )
+    return directory
+
+
+def _load(
+    directory: Path, read: Callable[[dict], Any], module: type, table: names.Names
+) -> Network:
+    config = read(weights.read_config(directory))
+    init, apply = functional(lambda rngs: module(config, rngs))
+    like = jax.eval_shape(init, jax.random.key(0))
+    return Network(config, apply, weights.load(directory, like, table))
+
+
+def make_backbone(config: RunConfig, pretrained: Pretrained) -> Functional:
+    """The network that is trained, in the precision of the run.
+
+    Raises:
+      ValueError: it does not fit the text encoder or the autoencoder.
+    """
+    backbone = dataclasses.replace(config.backbone, dtype=config.train.precision)
+    fits = {
+        "text_width": pretrained.text_encoder.config.hidden_size,
+        "in_channels": pretrained.autoencoder.config.latent_channels,
+        "out_channels": pretrained.autoencoder.config.latent_channels,
+    }
+    for field, wanted in fits.items():
+        if getattr(backbone, field) != wanted:
+            raise ValueError(
+                f"the backbone's {field} is {getattr(backbone, field)}, and the pretrained models have {wanted}"
+            )
+    return functional(lambda rngs: MODULES[type(backbone)](backbone, rngs))
+
+
+def prepare(network: Functional) -> Callable[[Params, Cond], Any]:
+    """What the network makes of a prompt, once."""
+    return functools.partial(network.apply, method="prepare")
+
+
+class Training(NamedTuple):
+    """What `training.fit` needs: `step(state, frozen, batch)` is not jitted yet."""
+
+    step: Step
+    init: Callable[[], State]
+    abstract: State
+
+
+def make_training(
+    config: RunConfig, network: Functional, pretrained: Pretrained, mesh: Mesh
+) -> Training:
+    """The step of a run, and its state, fresh or abstract, placed on the mesh."""
+    loss = diffusion.make_loss(
+        network.apply,
+        prepare(network),
+        pretrained.encode,
+        schedule=config.schedule,
+        prediction=diffusion.PREDICTIONS[config.prediction],
+        times=config.times,
+        draw=config.draw,
+        weighting=config.weighting,
+    )
+    train = config.train
+    tx = make_optimizer(config.optimizer, batch_size=train.batch, examples=train.examples)
+    place = functools.partial(shardings, table=TABLE, rules=RULES, mesh=mesh)
+    step = make_step(loss, tx, key(config, "train"), ema=train.ema, accumulate=train.accumulate)
+    return Training(
+        step,
+        lambda: init_state(network.init, tx, key(config, "init"), place),
+        abstract_state(network.init, tx, place),
+    )
+
+
+def load_weights(
+    config: RunConfig, workdir: Path, network: Functional, pretrained: Pretrained, mesh: Mesh
+) -> tuple[int, Params]:
+    """The examples that the newest checkpoint has seen, and its parameters that `eval.weights` names.
+
+    Raises:
+      FileNotFoundError: there is no sound checkpoint.
+    """
+    field = {"ema": "ema", "raw": "params"}[config.eval.weights]
+    abstract = make_training(config, network, pretrained, mesh).abstract
+    state = Checkpoints(workdir / "checkpoints").restore(abstract, only=(field, "examples"))
+    return int(state.examples), getattr(state, field)
+
+
+def key(config: RunConfig, use: str) -> jax.Array:
+    """The run's key for one use: init, train, eval, sample."""
+    number = int.from_bytes(hashlib.sha256(use.encode()).digest()[:4], "little")
+    return jax.random.fold_in(jax.random.key(config.seed), number)
+
+
+def records(config: RunConfig, workdir: Path, part: str = "train") -> Path:
+    """The directory of latents of a part, "train" or "validation"."""
+    return Path(config.data.records or workdir / "latents") / part
+
+
+def autoencoder_of(pretrained: Pretrained) -> Autoencoder:
+    """What a directory of latents must have been made by."""
+    network = pretrained.autoencoder
+    return Autoencoder(
+        weights.fingerprint(network.params),
+        network.config.shift_factor,
+        network.config.scaling_factor,
+    )
+
+
+def make_loader(config: RunConfig, workdir: Path, pretrained: Pretrained) -> Loader:
+    """The training batches of this process.
+
+    Raises:
+      ValueError: the latents are missing, unfinished, or of another autoencoder or size.
+    """
+    directory = records(config, workdir)
+    check_records(config, directory, pretrained)
+    return Loader(
+        directory,
+        batch=config.train.batch,
+        seed=config.seed,
+        policy=config.captions,
+        tokenizer=None if config.data.text_embeddings else pretrained.tokenizer,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+        threads=config.data.workers,
+    )
+
+
+def check_records(config: RunConfig, directory: Path, pretrained: Pretrained) -> Manifest:
+    """The manifest of a directory of latents, if this run can use it; a ValueError says why not."""
+    manifest = Manifest.read_from(directory)
+    manifest.require(
+        autoencoder=autoencoder_of(pretrained).fingerprint,
+        text_encoder=weights.fingerprint(pretrained.text_encoder.params)
+        if config.data.text_embeddings
+        else "",
+    )
+    if manifest.size != config.data.size:
+        raise ValueError(
+            f"{directory} holds latents of images of {manifest.size} pixels, and data.size is {config.data.size}"
+        )
+    return manifest
+
+
+def make_validation(
+    config: RunConfig, workdir: Path, network: Functional, pretrained: Pretrained
+) -> Callable[[Params, Params], dict[str, float]]:
+    """`validate(params, frozen) -> {noise level: loss}` on fixed records and noise; {} where none is wanted."""
+    if not config.eval.validation:
+        return lambda params, frozen: {}
+    directory = records(config, workdir, "validation" if config.data.validation else "train")
+    count = min(config.eval.validation, check_records(config, directory, pretrained).written)
+    tokenizer = None if config.data.text_embeddings else pretrained.tokenizer
+    whole = fixed_batch(directory, range(count), tokenizer=tokenizer)
+    loss = diffusion.make_validation_loss(
+        network.apply,
+        prepare(network),
+        pretrained.encode,
+        schedule=config.schedule,
+        prediction=diffusion.PREDICTIONS[config.prediction],
+        levels=config.eval.levels,
+    )
+
+    @jax.jit
+    def losses(params: Params, frozen: Params) -> jax.Array:
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(key(config, "eval"), whole.index)
+        return loss(params, frozen, whole, keys).mean(0)
+
+    def validate(params: Params, frozen: Params) -> dict[str, float]:
+        values = np.asarray(losses(params, frozen)).tolist()
+        return dict(zip(map(str, config.eval.levels), values, strict=True))
+
+    return validate
+
+
+def make_sampling(config: RunConfig, network: Functional, pretrained: Pretrained) -> Generate:
+    """The program from prompts to images that `config.sampling` describes."""
+    side = config.data.size // pretrained.autoencoder.config.downsampling
+    return make_generate(
+        network.apply,
+        prepare(network),
+        pretrained.encode,
+        pretrained.decode,
+        prediction=diffusion.PREDICTIONS[config.prediction],
+        grid=diffusion.grid(config.schedule, config.sampling.spacing, config.sampling.steps),
+        sampler=config.sampling.sampler,
+        shape=(side, side, pretrained.autoencoder.config.latent_channels),
+    )
+
+
+def make_evaluator(
+    config: RunConfig, prompts: Prompts, network: Functional, pretrained: Pretrained, mesh: Mesh
+) -> Evaluator:
+    """The scores that can be had of these prompts with these frozen networks."""
+    texts = list(prompts.texts)
+    scorers = {}
+    if pretrained.clip is not None:
+        metric = CLIPScore(pretrained.clip.apply, pretrained.clip.config.vision.image_size)
+        scorers["clip_score"] = Scorer(
+            metric, "clip", pretrained.clip_tokenizer(texts), prompts.groups
+        )
+    tokens = pretrained.tokenizer(texts)
+    if pretrained.reader is not None and prompts.scenes:
+        metric = Faithfulness(pretrained.reader.apply)
+        scorers["faithfulness"] = Scorer(metric, "reader", tokens, prompts)
+    return Evaluator(
+        make_sampling(config, network, pretrained),
+        scorers,
+        tokens=tokens,
+        empty=pretrained.tokenizer([""]),
+        key=key(config, "eval"),
+        mesh=mesh,
+        batch=config.sampling.batch,
+    )
+
+
+def mesh_of(config: RunConfig) -> Mesh:
+    """The mesh over all devices."""
+    return make_mesh(config.mesh)

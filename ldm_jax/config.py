@@ -1,0 +1,142 @@
+"""What a run is: one frozen dataclass for all commands, composed of the components' own.
+
+`configs/*.py` make a `RunConfig` and give `get_config() -> ConfigDict`; `ldm_jax.configuration` converts
+between the two, and `ldm_jax.flags` is the command line over both.
+"""
+
+import dataclasses
+
+from ldm_jax.configuration import choice, one_of
+from ldm_jax.data.captions import CaptionPolicy
+from ldm_jax.diffusion import (
+    DDIM,
+    DRAWS,
+    PREDICTIONS,
+    SAMPLERS,
+    SCHEDULES,
+    SPACINGS,
+    TIMES,
+    WEIGHTINGS,
+    Draw,
+    Flat,
+    Independent,
+    Sampler,
+    ScaledLinear,
+    Schedule,
+    Spacing,
+    Times,
+    Trailing,
+    Uniform,
+    Weighting,
+)
+from ldm_jax.models import BACKBONES
+from ldm_jax.models.unet_config import UNetConfig
+from ldm_jax.parallel.mesh import MeshConfig
+from ldm_jax.training.optimizer import OptimizerConfig
+
+EMBEDDED = "embedded"
+PRECISIONS = ("float32", "bfloat16")
+WEIGHTS = ("ema", "raw")
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Images and captions, and the latents made of them."""
+
+    source: str = "scenes:simple"  # folder:PATH, tfds:NAME, tars:GLOB or scenes:PRESET, with ?option=value&...
+    validation: str | None = None  # source of the validation loss; none: the first training records
+    records: str | None = None  # directory of the latents; none: WORKDIR/latents
+    size: int = 64  # side of the images in pixels
+    text_embeddings: bool = (
+        False  # store the captions' embeddings with the latents, and train on them
+    )
+    encode_batch: int = 32  # images that the autoencoder takes at a time
+    items_per_shard: int = 4096  # items behind one file of latents
+    min_side: int = 16  # pixels of the shorter side below which an image is skipped
+    max_caption: int = 4000  # characters above which a caption is skipped
+    max_skipped: float = 0.05  # share of skipped items above which encoding is an error
+    workers: int = 2  # threads that read and decode images, or latents
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingConfig:
+    """How images are drawn from a model."""
+
+    sampler: Sampler = choice(SAMPLERS, DDIM())  # the rule of a step
+    spacing: Spacing = choice(SPACINGS, Trailing())  # which points of the schedule it visits
+    steps: int = 50  # network evaluations an image (pairs of them with guidance)
+    guidance: float = 7.5  # scale of classifier-free guidance
+    batch: int = 32  # images drawn at a time
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """The training run."""
+
+    examples: int = 1_000_000  # length of the run
+    batch: int = 64  # examples a step, on all devices together
+    accumulate: int = 1  # parts that a batch is taken in, to save memory
+    precision: str = one_of(
+        PRECISIONS, "float32"
+    )  # of the network's computation; parameters are float32
+    ema: float = 50_000.0  # half-life of the average of the parameters, in examples; 0: no average
+    explosion: float = 10.0  # a loss of so many medians stops the run
+    log_every: int = 5_000  # examples between lines of metrics
+    save_every: int = 50_000  # examples between checkpoints
+    keep: int = 3  # checkpoints that are kept
+    profile: tuple[int, ...] = ()  # trace from the first to the second count of examples
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalConfig:
+    """Evaluation in the loop, and of `ldm_jax.evaluate`."""
+
+    every: int = 100_000  # examples between evaluations
+    prompts: str = (
+        "scenes:simple"  # scenes:PRESET?count=64&seed=1, or file:PATH with a prompt a line
+    )
+    weights: str = one_of(WEIGHTS, "ema")  # which parameters are evaluated
+    shown: int = 16  # images in the grid
+    validation: int = 256  # records of the validation loss; 0: none
+    levels: tuple[float, ...] = (0.1, 0.3, 0.5, 0.7, 0.9)  # its noise levels, times in (0, 1)
+    clip: str | None = (
+        None  # directory of the CLIP that scores; none: `clip` beside the pretrained models
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    """A whole run, from images to scores."""
+
+    seed: int = 0  # of initialisation, data order, noise and captions
+    pretrained: str = (
+        EMBEDDED  # directory in Stable Diffusion's layout: autoencoder, text encoder, tokenizer
+    )
+    data: DataConfig = DataConfig()
+    captions: CaptionPolicy = CaptionPolicy()
+    backbone: UNetConfig = choice(BACKBONES, UNetConfig())  # the network that is trained
+    schedule: Schedule = choice(SCHEDULES, ScaledLinear())  # of the noise
+    prediction: str = one_of(PREDICTIONS, "v")  # what the network predicts
+    times: Times = choice(TIMES, Uniform())  # distribution of the training time
+    draw: Draw = choice(DRAWS, Independent())  # where its uniform numbers come from
+    weighting: Weighting = choice(WEIGHTINGS, Flat())  # of the loss over noise levels
+    optimizer: OptimizerConfig = OptimizerConfig()
+    train: TrainConfig = TrainConfig()
+    sampling: SamplingConfig = SamplingConfig()
+    eval: EvalConfig = EvalConfig()
+    mesh: MeshConfig = MeshConfig()
+
+
+# What a run may change when it continues; fnmatch patterns of dotted paths.
+MAY_CHANGE = (
+    "train.examples",
+    "train.log_every",
+    "train.save_every",
+    "train.keep",
+    "train.profile",
+    "eval.*",
+    "sampling.*",
+    "mesh.*",
+    "data.workers",
+    "data.encode_batch",
+)

@@ -1,0 +1,335 @@
+"""Frozen dataclasses as the config of a run: to `ConfigDict` and back, and to JSON and back.
+
+A component that holds no arrays is its own config: a frozen dataclass whose fields are numbers,
+strings, booleans, tuples of these, what may be None (`int | None`), other such dataclasses, or a
+`choice` among a registry's classes. A field's line of help is the comment beside or above it, or
+what the class's docstring says of it.
+
+    SAMPLERS = {"ddim": DDIM, "dpmpp": DPMpp}
+
+    @dataclasses.dataclass(frozen=True)
+    class Run:
+        model: UNetConfig = UNetConfig()
+        sampler: Sampler = choice(SAMPLERS, DDIM())  # how samples are drawn
+        prediction: str = one_of(PREDICTIONS, "v")  # what the network predicts
+        steps: int = 50  # sampling steps
+
+    config = to_config_dict(Run())       # ml_collections: locked, dotted
+    config.sampler.name = "dpmpp"        # a section for each row; only the named one counts
+    config.sampler.dpmpp.order = 3
+    run = from_config_dict(config, Run)  # Run(sampler=DPMpp(order=3), ...), or a ValueError
+"""
+
+import ast
+import dataclasses
+import difflib
+import inspect
+import io
+import json
+import re
+import textwrap
+import tokenize
+import types
+import typing
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from typing import Any, NamedTuple, TypeVar
+
+from ml_collections import config_dict
+
+Config = TypeVar("Config")
+Section = config_dict.ConfigDict | Mapping
+
+
+class Setting(NamedTuple):
+    """A leaf of a config: dotted path, type, line of help, and the names that it is limited to."""
+
+    path: str
+    kind: Any
+    help: str
+    names: tuple[str, ...] | None
+
+
+class Difference(NamedTuple):
+    """A leaf in which two configs differ; a side that lacks it reads `absent`."""
+
+    path: str
+    old: str
+    new: str
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.old} -> {self.new}"
+
+
+def choice(registry: Mapping[str, type], default: Any) -> Any:
+    """A field that holds an instance of one of the registry's classes, which all have defaults."""
+    return dataclasses.field(default=default, metadata={"registry": registry})
+
+
+def one_of(names: Collection[str], default: str) -> Any:
+    """A field that holds one of a few names: a registry's, or those of a plain tuple."""
+    return dataclasses.field(default=default, metadata={"names": names})
+
+
+def settings(cls: type, path: str = "") -> Iterator[Setting]:
+    """Every leaf that a config of the class has, in the order of its fields."""
+    for field, kind in _typed_fields(cls):
+        here = _join(path, field.name)
+        text = _help(cls, field.name)
+        if registry := field.metadata.get("registry"):
+            yield Setting(f"{here}.name", str, text, tuple(registry))
+            for name, row in registry.items():
+                yield from settings(row, f"{here}.{name}")
+        elif dataclasses.is_dataclass(kind):
+            yield from settings(kind, here)
+        else:
+            names = field.metadata.get("names")
+            yield Setting(here, kind, text, tuple(names) if names is not None else None)
+
+
+def to_config_dict(config: Any) -> config_dict.ConfigDict:
+    """The dataclass as a locked `ConfigDict`; rows that are not chosen appear with defaults."""
+    result = config_dict.ConfigDict()
+    for field, kind in _typed_fields(type(config)):
+        result[field.name] = _as_entry(getattr(config, field.name), field, kind)
+    return result.lock()
+
+
+def from_config_dict(config: Section, cls: type[Config], path: str = "config") -> Config:
+    """The dataclass that a `ConfigDict`, or a JSON file's dict, stands for.
+
+    A field that is absent takes its default; rows that are not chosen are not looked at.
+
+    Raises:
+      ValueError: a key that the class does not have, a value of another type, a name that is not
+        in the registry, or what the dataclass itself refuses; with the path of the value.
+    """
+    fields = {field.name: (field, kind) for field, kind in _typed_fields(cls)}
+    for key in config:
+        if key not in fields:
+            raise ValueError(no_such_key(path, key, fields))
+    values = {
+        name: _from_entry(config[name], field, kind, f"{path}.{name}")
+        for name, (field, kind) in fields.items()
+        if name in config
+    }
+    try:
+        return cls(**values)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def to_json(config: Any) -> str:
+    """The dataclass as JSON, for the file beside a run's checkpoints; only the rows chosen."""
+    return json.dumps(_plain(config), indent=2) + "\n"
+
+
+def from_json(text: str, cls: type[Config]) -> Config:
+    """The dataclass that `to_json` wrote; fields that are newer than the file take defaults."""
+    return from_config_dict(json.loads(text), cls)
+
+
+def config_difference(old: str, new: str) -> list[Difference]:
+    """The leaves in which two configs, each as `to_json` writes it, differ."""
+    return list(_differences(json.loads(old), json.loads(new), ""))
+
+
+def conform(value: Any, kind: Any, path: str) -> Any:
+    """The value as an instance of a field's type; an int may stand for a float, a list for a tuple.
+
+    Raises:
+      ValueError: the value is of another type.
+    """
+    origin = typing.get_origin(kind)
+    if origin is tuple and isinstance(value, tuple | list):
+        return _conform_tuple(value, kind, path)
+    if origin in (typing.Union, types.UnionType):
+        return _conform_union(value, kind, path)
+    if kind is float and type(value) is int:
+        return float(value)
+    truth_for_number = isinstance(value, bool) and kind is not bool
+    if isinstance(kind, type) and isinstance(value, kind) and not truth_for_number:
+        return value
+    raise _wrong_type(value, kind, path)
+
+
+def kind_name(kind: Any) -> str:
+    """A field's type in words: `int`, `float or none`, `tuple[int, ...]`."""
+    if kind is type(None):
+        return "none"
+    if typing.get_origin(kind) in (typing.Union, types.UnionType):
+        return " or ".join(map(kind_name, typing.get_args(kind)))
+    return kind.__name__ if isinstance(kind, type) and not typing.get_args(kind) else str(kind)
+
+
+def no_such_key(path: str, key: str, present: Iterable[str]) -> str:
+    """The sentence for a key that is not there: where, the nearest match, and what there is."""
+    present = list(present)
+    return f"{path} has no {key!r}{_nearest(key, present)}; it has {', '.join(present)}"
+
+
+def check_name(value: Any, names: Collection[str], path: str) -> str:
+    """The value, if it is one of the names.
+
+    Raises:
+      ValueError: it is not; the sentence lists the names.
+    """
+    if isinstance(value, str) and value in names:
+        return value
+    raise ValueError(f"{path} is {value!r}{_nearest(value, names)}; allowed are {', '.join(names)}")
+
+
+def _typed_fields(cls: type) -> list[tuple[dataclasses.Field, Any]]:
+    hints = typing.get_type_hints(cls)
+    return [(field, hints[field.name]) for field in dataclasses.fields(cls) if field.init]
+
+
+def _as_entry(value: Any, field: dataclasses.Field, kind: Any) -> Any:
+    if registry := field.metadata.get("registry"):
+        chosen = _name_in(registry, value)
+        rows = {name: value if name == chosen else row() for name, row in registry.items()}
+        branches = {name: to_config_dict(row) for name, row in rows.items()}
+        return config_dict.ConfigDict({"name": chosen, **branches})
+    if dataclasses.is_dataclass(kind):
+        return to_config_dict(value)
+    members = typing.get_args(kind)
+    if type(None) in members:
+        return config_dict.FieldReference(value, field_type=_placeholder_type(members))
+    return value
+
+
+def _placeholder_type(members: tuple[Any, ...]) -> type:
+    """What ConfigDict lets a None-able field become; `conform` checks the rest."""
+    others = [member for member in members if member is not type(None)]
+    return (typing.get_origin(others[0]) or others[0]) if len(others) == 1 else object
+
+
+def _from_entry(value: Any, field: dataclasses.Field, kind: Any, path: str) -> Any:
+    if registry := field.metadata.get("registry"):
+        _require_section(value, path)
+        for key in value:
+            if key != "name" and key not in registry:
+                raise ValueError(no_such_key(path, key, ["name", *registry]))
+        name = check_name(value.get("name"), registry, f"{path}.name")
+        return from_config_dict(value.get(name, {}), registry[name], f"{path}.{name}")
+    if dataclasses.is_dataclass(kind):
+        _require_section(value, path)
+        return from_config_dict(value, kind, path)
+    if (names := field.metadata.get("names")) is not None:
+        return check_name(value, names, path)
+    return conform(value, kind, path)
+
+
+def _require_section(value: Any, path: str) -> None:
+    if not isinstance(value, Section):
+        raise ValueError(f"{path} is {value!r}; it is a section of settings")
+
+
+def _conform_tuple(value: Iterable[Any], kind: Any, path: str) -> tuple[Any, ...]:
+    value, members = tuple(value), typing.get_args(kind)
+    if len(members) == 2 and members[1] is Ellipsis:
+        members = members[:1] * len(value)
+    if len(members) != len(value):
+        raise ValueError(f"{path} is {value!r}; it takes {len(members)} values, {kind_name(kind)}")
+    pairs = enumerate(zip(value, members, strict=True))
+    return tuple(conform(item, member, f"{path}[{i}]") for i, (item, member) in pairs)
+
+
+def _conform_union(value: Any, kind: Any, path: str) -> Any:
+    for member in typing.get_args(kind):
+        try:
+            return conform(value, member, path)
+        except ValueError:
+            continue
+    raise _wrong_type(value, kind, path)
+
+
+def _wrong_type(value: Any, kind: Any, path: str) -> ValueError:
+    return ValueError(f"{path} is {value!r}; it takes {kind_name(kind)}")
+
+
+def _plain(config: Any) -> dict[str, Any]:
+    result = {}
+    for field, kind in _typed_fields(type(config)):
+        value = getattr(config, field.name)
+        if registry := field.metadata.get("registry"):
+            name = _name_in(registry, value)
+            result[field.name] = {"name": name, name: _plain(value)}
+        else:
+            result[field.name] = _plain(value) if dataclasses.is_dataclass(kind) else value
+    return result
+
+
+def _name_in(registry: Mapping[str, type], value: Any) -> str:
+    for name, row in registry.items():
+        if type(value) is row:
+            return name
+    raise ValueError(f"{value!r} is not of the registered classes: {', '.join(registry)}")
+
+
+def _differences(old: Mapping[str, Any], new: Mapping[str, Any], path: str) -> Iterator[Difference]:
+    # Where another row of a registry was chosen, its name says so; the rows have nothing in common.
+    replaced = {old.get("name"), new.get("name")} if old.get("name") != new.get("name") else set()
+    for key in dict.fromkeys([*old, *new]):
+        was, now = old.get(key, _ABSENT), new.get(key, _ABSENT)
+        if isinstance(was, Mapping) and isinstance(now, Mapping):
+            yield from _differences(was, now, _join(path, key))
+        elif was != now and key not in replaced:
+            yield Difference(_join(path, key), _shown(was), _shown(now))
+
+
+_ABSENT = object()
+
+
+def _shown(value: Any) -> str:
+    return "absent" if value is _ABSENT else json.dumps(value)
+
+
+def _join(path: str, key: str) -> str:
+    return f"{path}.{key}" if path else key
+
+
+def _nearest(key: Any, present: Collection[str]) -> str:
+    match = difflib.get_close_matches(str(key), list(present), n=1)
+    return f" (did you mean {match[0]!r}?)" if match else ""
+
+
+def _help(cls: type, name: str) -> str:
+    for base in cls.__mro__:
+        if name in inspect.get_annotations(base):
+            return _comments(base).get(name) or _from_docstring(base, name)
+    return ""
+
+
+def _from_docstring(cls: type, name: str) -> str:
+    """The line `name: ...` of a docstring's list, or else the first sentence that has the name."""
+    text = inspect.cleandoc(cls.__doc__ or "")
+    if listed := re.search(rf"^\s+{name}: (.*)$", text, re.MULTILINE):
+        return listed[1].rstrip(".")
+    prose = " ".join(re.split(r"^\w+:$", text, flags=re.MULTILINE)[0].split())
+    sentences = re.split(r"(?<=[.;]) (?=[A-Z`])", prose)
+    return next((found.rstrip(".;") for found in sentences if f"`{name}`" in found), "")
+
+
+def _comments(cls: type) -> dict[str, str]:
+    """For each field of a class the comment beside it, or else the lines of comment above it."""
+    try:
+        source = textwrap.dedent(inspect.getsource(cls))
+    except OSError:  # a class that was made without a source file
+        return {}
+    tokens = list(tokenize.generate_tokens(io.StringIO(source).readline))
+    comments = {t.start[0]: t for t in tokens if t.type == tokenize.COMMENT}
+    result = {}
+    for node in ast.parse(source).body[0].body:
+        if isinstance(node, ast.AnnAssign):
+            beside = [comments[node.end_lineno]] if node.end_lineno in comments else []
+            lines = beside or _above(comments, node.lineno)
+            result[node.target.id] = " ".join(line.string.lstrip("# ") for line in lines)
+    return result
+
+
+def _above(comments: dict[int, tokenize.TokenInfo], line: int) -> list[tokenize.TokenInfo]:
+    found: list[tokenize.TokenInfo] = []
+    while (comment := comments.get(line - 1)) and not comment.line[: comment.start[1]].strip():
+        found.insert(0, comment)
+        line -= 1
+    return found

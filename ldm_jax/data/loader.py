@@ -1,0 +1,183 @@
+"""Training batches from a directory of latents, in an order that is a function of (seed, position) alone."""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import grain
+import numpy as np
+from flax import serialization
+
+from ldm_jax.data.captions import CaptionPolicy
+from ldm_jax.data.latents import EMPTY_CAPTION, Manifest, Record, open_records, unpack
+from ldm_jax.types import Batch, Cond, Tokens
+
+Tokenizer = Callable[[list[str]], Tokens]
+Embedding = Mapping[str, np.ndarray]
+
+
+class _Example(NamedTuple):
+    latents: np.ndarray
+    text: str | Embedding
+    index: int
+
+
+@dataclasses.dataclass(frozen=True)
+class _Choose:
+    """A record at a position of the data order to the example that training sees there."""
+
+    policy: CaptionPolicy
+    seed: int
+    empty: str | Embedding  # "" asks for captions, an embedding for embeddings
+
+    def __call__(self, position: int, data: bytes) -> _Example:
+        record = unpack(data)
+        choice = self.policy.choose(len(record.captions), self.seed, position)
+        text = self.empty if choice is None else _text(record, choice, self.empty)
+        return _Example(record.latents, text, position)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Collate:
+    """Examples to one batch of arrays; tokenising a list at a time is several times faster than one by one."""
+
+    tokenizer: Tokenizer | None
+
+    def __call__(self, examples: Sequence[_Example]) -> Batch:
+        texts = [example.text for example in examples]
+        return Batch(
+            latents=np.stack([example.latents for example in examples]).astype(np.float32),
+            text=self.tokenizer(texts) if self.tokenizer else _stack(texts),
+            weight=np.ones(len(examples), np.float32),
+            index=np.array([example.index for example in examples], np.uint32),
+        )
+
+
+class Loader:
+    """An endless iterator of `Batch`es of NumPy arrays over a directory of latents.
+
+    Each epoch holds every record exactly once, in an order of its own. What stands at a position of that order,
+    its caption included, depends on the seed only: not on the batch size, nor on the number of processes. Those
+    share a batch: process p of n has the positions p, p + n, ... of it.
+    """
+
+    def __init__(
+        self,
+        directory: str | Path,
+        *,
+        batch: int,
+        seed: int,
+        policy: CaptionPolicy = CaptionPolicy(),
+        tokenizer: Tokenizer | None,
+        process_index: int = 0,
+        process_count: int = 1,
+        threads: int = 2,
+        prefetch: int = 4,
+    ) -> None:
+        """Opens a directory; reading begins with the first `next`.
+
+        Args:
+          directory: what `encode` wrote.
+          batch: examples in the whole batch, of all processes.
+          seed: of the order and of the choice of captions.
+          policy: which caption an example gets.
+          tokenizer: captions to tokens [B, L], from several threads; None takes the embeddings stored with the latents.
+          process_index, process_count: which share of each batch is this process's.
+          threads: how many of the next batches are made at a time.
+          prefetch: batches that are kept ready.
+
+        Raises:
+          ValueError: if the directory is not finished or lacks what is asked for, or processes do not divide the batch.
+        """
+        if batch % process_count:
+            raise ValueError(
+                f"a batch of {batch} examples cannot be shared by {process_count} processes"
+            )
+        self.manifest = Manifest.read_from(directory)
+        self.batch = batch
+        self._share = (process_index, process_count)
+        self._options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=prefetch)
+        self._collate = _Collate(tokenizer)
+        choose = _Choose(policy, seed, _empty(Path(directory), self.manifest, tokenizer))
+        self._examples = (
+            grain.MapDataset.source(open_records(directory, self.manifest.shards))
+            .shuffle(seed)
+            .repeat()
+            .map_with_index(choose)
+        )
+        self._iterator: grain.DatasetIterator | None = None
+        self.seek(0)
+
+    def __len__(self) -> int:
+        """Records in one epoch."""
+        return self.manifest.written
+
+    def seek(self, examples: int) -> None:
+        """The next batch begins at position `examples` of the data order."""
+        self.close()
+        self._position = examples
+
+    def close(self) -> None:
+        """Ends the threads; the next batch would start them again, at the last `seek`."""
+        if self._iterator is not None:
+            self._iterator.close()
+        self._iterator = None
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        if self._iterator is None:
+            self._iterator = self._start()
+        return next(self._iterator)
+
+    def _start(self) -> grain.DatasetIterator:
+        # grain's ElasticIterator makes the same slice, but its batches are stacked arrays: here they are
+        # tokenised in the same threads, and the position is the training state's, not the iterator's.
+        process, processes = self._share
+        mine = self._examples[self._position + process :: processes]
+        batches = mine.batch(self.batch // processes, drop_remainder=True, batch_fn=self._collate)
+        return iter(batches.to_iter_dataset(self._options))
+
+
+def fixed_batch(
+    directory: str | Path, indices: Sequence[int], *, tokenizer: Tokenizer | None
+) -> Batch:
+    """The records at `indices`, in the order of the source, each with its main caption: for validation.
+
+    Raises:
+      ValueError: if the directory is not finished, or has no record at one of the indices.
+    """
+    manifest = Manifest.read_from(directory)
+    if not all(0 <= index < manifest.written for index in indices):
+        raise ValueError(
+            f"{directory} holds records 0 to {manifest.written - 1}, not all of {list(indices)}"
+        )
+    records = open_records(directory, manifest.shards)
+    choose = _Choose(CaptionPolicy(0.0, 0.0), 0, _empty(Path(directory), manifest, tokenizer))
+    return _Collate(tokenizer)([choose(index, records[index]) for index in indices])
+
+
+def _empty(directory: Path, manifest: Manifest, tokenizer: Tokenizer | None) -> str | Embedding:
+    if tokenizer is not None:
+        return ""
+    if not manifest.text_encoder:
+        raise ValueError(
+            f"{directory} holds no text embeddings: encode it with them, or give a tokenizer"
+        )
+    stored = serialization.msgpack_restore((directory / EMPTY_CAPTION).read_bytes())
+    return {name: rows[0] for name, rows in stored.items()}
+
+
+def _text(record: Record, choice: int, empty: str | Embedding) -> str | Embedding:
+    if isinstance(empty, str):
+        return record.captions[choice]
+    return {name: rows[choice] for name, rows in record.text.items()}
+
+
+def _stack(texts: Sequence[Embedding]) -> Cond:
+    columns = {name: np.stack([text[name] for text in texts]) for name in texts[0]}
+    return Cond(
+        **{name: c if c.dtype == bool else c.astype(np.float32) for name, c in columns.items()}
+    )

@@ -1,0 +1,57 @@
+"""What is drawn at random for each example.
+
+Everything hangs on the example's own key or on its index in the global order: never on the batch,
+its size or the devices it lies on.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Key, UInt32
+
+from ldm_jax.types import Arr, Keys
+
+Draw = Callable[[Keys, UInt32[Arr, " B"]], Float[Array, " B"]]
+
+# 2^32 / golden ratio, rounded down to an odd number: its multiples mod 2^32 visit each number once.
+_GOLDEN = 0x9E3779B9
+
+
+def gaussian(keys: Keys, shape: tuple[int, ...]) -> Float[Array, "B ..."]:
+    """Standard normal noise of `shape` for each key."""
+    return jax.vmap(lambda key: jax.random.normal(key, shape, jnp.float32))(keys)
+
+
+@dataclass(frozen=True)
+class Independent:
+    """Uniforms on (0, 1), each from its example's key."""
+
+    def __call__(self, keys: Keys, index: UInt32[Arr, " B"]) -> Float[Array, " B"]:
+        return _open_uniform(jax.vmap(_bits)(keys))
+
+
+@dataclass(frozen=True)
+class Weyl:
+    """Low-discrepancy uniforms on (0, 1): the fractions of index / golden ratio, offset by `seed`.
+
+    Any run of consecutive examples fills the interval evenly, so that a batch sees all noise levels
+    and its loss varies less, as with the stratified times of Kingma et al. (2021, appendix I.1),
+    but whatever the batch size and the number of devices. Integer arithmetic mod 2^32 is exact.
+    """
+
+    seed: int = 0
+
+    def __call__(self, keys: Keys, index: UInt32[Arr, " B"]) -> Float[Array, " B"]:
+        offset = _bits(jax.random.key(self.seed))
+        return _open_uniform(jnp.asarray(index) * jnp.uint32(_GOLDEN) + offset)
+
+
+def _bits(key: Key[Array, ""]) -> UInt32[Array, ""]:
+    return jax.random.bits(key, dtype=jnp.uint32)
+
+
+def _open_uniform(bits: UInt32[Array, " B"]) -> Float[Array, " B"]:
+    """The middle of one of 2^23 cells: exact in f32 and never 0 or 1, the ill-posed ends."""
+    return ((bits >> 9).astype(jnp.float32) + 0.5) * 2.0**-23

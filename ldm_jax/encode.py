@@ -1,0 +1,71 @@
+"""Turns images and captions into latents and captions, once, for training to read.
+
+    python -m ldm_jax.encode --config=configs/demo.py --workdir=runs/demo
+    python -m ldm_jax.encode --config=configs/photos.py --config.data.source=folder:/photos --workdir=runs/photos
+
+The latents go to WORKDIR/latents (or data.records) with a manifest that lists what was skipped and why. Killed at any
+moment, the same command continues where it stopped.
+"""
+
+import argparse
+import functools
+import logging
+
+import jax
+
+from ldm_jax import build
+from ldm_jax.config import RunConfig
+from ldm_jax.data import open_source
+from ldm_jax.data.encoding import Limits, TextEncoder, encode
+from ldm_jax.data.latents import Manifest
+from ldm_jax.flags import run_command
+from ldm_jax.models import weights
+from ldm_jax.types import Cond, Images, Latent
+
+
+def main(flags: argparse.Namespace) -> None:
+    """Encodes the training source, and that of the validation loss where it has its own."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
+    config: RunConfig = flags.config
+    data = config.data
+    pretrained = build.load_pretrained(config)
+    frozen = pretrained.params
+    to_latents = jax.jit(pretrained.encode_images)
+    to_cond = jax.jit(pretrained.encode)
+
+    def encoder(images: Images) -> Latent:
+        return to_latents(frozen, images)
+
+    def embed(captions: list[str]) -> Cond:
+        return jax.device_get(to_cond(frozen, pretrained.tokenizer(captions)))
+
+    text = TextEncoder(embed, weights.fingerprint(pretrained.text_encoder.params))
+    run = functools.partial(
+        encode,
+        encoder=encoder,
+        autoencoder=build.autoencoder_of(pretrained),
+        size=data.size,
+        batch=data.encode_batch,
+        workers=data.workers,
+        items_per_shard=data.items_per_shard,
+        limits=Limits(data.min_side, data.max_caption, data.max_skipped),
+        text=text if data.text_embeddings else None,
+    )
+    for part, source in (("train", data.source), ("validation", data.validation)):
+        if source is not None:
+            directory = build.records(config, flags.workdir, part)
+            manifest = run(open_source(source), directory=directory)
+            print(f"{directory}: {_summary(manifest)}")
+
+
+def _summary(manifest: Manifest) -> str:
+    skipped = ", ".join(f"{len(keys)} {reason}" for reason, keys in manifest.skipped.items())
+    std = ", ".join(f"{value:.2f}" for value in manifest.latent_std)
+    return (
+        f"{manifest.written} records of {manifest.read} items, skipped: {skipped or 'none'}; "
+        f"latents {'x'.join(map(str, manifest.latent_shape))}, std {std}"
+    )
+
+
+if __name__ == "__main__":
+    run_command(main, RunConfig, description=__doc__)

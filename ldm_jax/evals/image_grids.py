@@ -1,0 +1,30 @@
+"""Images side by side, as one picture."""
+
+from pathlib import Path
+
+import numpy as np
+from einops import rearrange
+from jaxtyping import UInt8
+from PIL import Image
+
+from ldm_jax.types import Images
+
+
+def to_uint8(images: Images) -> UInt8[np.ndarray, "B rows columns 3"]:
+    """Images in [-1, 1], what leaves it clipped, to 0 ... 255 (rounded)."""
+    return np.round((np.clip(np.asarray(images, np.float32), -1, 1) + 1) * 127.5).astype(np.uint8)
+
+
+def image_grid(images: Images, columns: int, gap: int = 2) -> UInt8[np.ndarray, "height width 3"]:
+    """Images in [-1, 1], row by row, on white."""
+    pixels = to_uint8(images)
+    missing = -len(pixels) % columns
+    pixels = np.pad(pixels, ((0, missing), (0, gap), (0, gap), (0, 0)), constant_values=255)
+    grid = rearrange(pixels, "(r c) h w rgb -> (r h) (c w) rgb", c=columns)
+    return np.pad(grid, ((gap, 0), (gap, 0), (0, 0)), constant_values=255)
+
+
+def save_grid(path: Path, images: Images, columns: int = 8) -> None:
+    """Writes images in [-1, 1] side by side as one PNG."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(image_grid(images, columns)).save(path)

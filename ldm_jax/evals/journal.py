@@ -1,0 +1,56 @@
+"""What evaluations leave behind in a run's directory, for its report.
+
+prompts.json          the prompts, in order, and the group that each belongs to
+references.json       scores of what a model is measured against: {"untrained": {...}, "true renders": {...}}
+evaluations.jsonl     one line an evaluation; after a resume the last line of a count of examples holds
+samples/*.png         the first images of each, side by side
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from ldm_jax.evals.evaluator import Evaluation
+from ldm_jax.evals.image_grids import save_grid
+from ldm_jax.evals.prompts import Prompts
+from ldm_jax.types import Estimate, Images
+
+
+class Journal:
+    """The evaluations of one run; `shown` images of each are kept."""
+
+    def __init__(self, directory: Path, shown: int) -> None:
+        self._directory, self._shown = directory, shown
+        (directory / "samples").mkdir(parents=True, exist_ok=True)
+
+    def prompts(self, prompts: Prompts) -> None:
+        """Writes down what is evaluated on."""
+        rows = [
+            {"prompt": text, "group": group}
+            for text, group in zip(prompts.texts, prompts.groups, strict=True)
+        ]
+        (self._directory / "prompts.json").write_text(json.dumps(rows, indent=1))
+
+    def references(self, scores: Mapping[str, Mapping[str, Estimate]]) -> None:
+        """Writes down the scores of what a model is measured against."""
+        (self._directory / "references.json").write_text(json.dumps(scores, indent=1))
+
+    def add(
+        self, examples: int, weights: str, evaluation: Evaluation, validation: Mapping[str, float]
+    ) -> None:
+        """Writes down one evaluation: the picture first, so that a line's picture is there."""
+        picture = f"samples/{examples:012d}.png"
+        self.picture(picture, evaluation.images)
+        line = {
+            "examples": examples,
+            "weights": weights,
+            "scores": evaluation.scores,
+            "validation": validation,
+            "samples": picture,
+        }
+        with (self._directory / "evaluations.jsonl").open("a") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def picture(self, name: str, images: Images) -> None:
+        """Writes the first images side by side."""
+        save_grid(self._directory / name, images[: self._shown])

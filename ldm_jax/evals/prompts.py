@@ -1,0 +1,56 @@
+"""Prompt sets: fixed lists of prompts that a model is evaluated on."""
+
+import dataclasses
+from pathlib import Path
+from typing import NamedTuple
+
+from ldm_jax.data.scenes import Scene, Scenes, captions
+from ldm_jax.data.sources import open_source
+
+SEEN, HELD_OUT = "seen", "held out"
+SEED = 2**31 + 1  # no source of training scenes has it by default
+
+
+class Prompts(NamedTuple):
+    """Prompts in their order, whose numbers fix their noise.
+
+    `groups` names the part that each belongs to; `scenes` are the graphs that they describe, where they do.
+    """
+
+    texts: tuple[str, ...]
+    groups: tuple[str, ...]
+    scenes: tuple[Scene, ...] = ()
+
+
+def read_prompts(spec: str) -> Prompts:
+    """The prompts of `file:PATH` (one a line, blank lines left out) or `scenes:PRESET?count=64`.
+
+    Half of the scenes' prompts, every other one, name a pair of kind and colour that training never shows; they are
+    the dense captions.
+
+    Raises:
+      ValueError: no such prompt set, or no prompt in it.
+      FileNotFoundError: no such file.
+    """
+    name, _, argument = spec.partition(":")
+    if name == "file":
+        lines = Path(argument).read_text(encoding="utf-8").splitlines()
+        texts = tuple(line.strip() for line in lines if line.strip())
+        if not texts:
+            raise ValueError(f"{argument} holds no prompt: one a line is read")
+        return Prompts(texts, ("",) * len(texts))
+    if name != "scenes":
+        raise ValueError(
+            f"eval.prompts is {spec!r}; allowed are scenes:PRESET?count=64 and file:PATH"
+        )
+    return _of_scenes(open_source(spec))
+
+
+def _of_scenes(source: Scenes) -> Prompts:
+    seed = source.seed or SEED
+    halves = [
+        dataclasses.replace(source, split=split, seed=seed) for split in ("train", "held_out")
+    ]
+    scenes = tuple(halves[number % 2].scene(number // 2) for number in range(source.count))
+    groups = tuple((SEEN, HELD_OUT)[number % 2] for number in range(source.count))
+    return Prompts(tuple(captions(scene)[0] for scene in scenes), groups, scenes)

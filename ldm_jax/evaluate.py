@@ -1,0 +1,59 @@
+"""Scores a trained model on its prompts: samples, every score with its interval, and the validation loss.
+
+    python -m ldm_jax.evaluate --workdir=runs/demo --config.sampling.guidance=3 --config.sampling.steps=20
+    python -m ldm_jax.evaluate --workdir=runs/demo --config.eval.prompts="scenes:simple?count=512&seed=7"
+
+The scores are printed as a table and appended to WORKDIR/scores.jsonl with the settings they were had with.
+"""
+
+import argparse
+import json
+import logging
+
+from ldm_jax import build
+from ldm_jax.config import RunConfig
+from ldm_jax.configuration import to_json
+from ldm_jax.evals.image_grids import save_grid
+from ldm_jax.evals.prompts import read_prompts
+from ldm_jax.flags import run_command
+from ldm_jax.types import Estimate
+
+
+def main(flags: argparse.Namespace) -> None:
+    """Evaluates the newest checkpoint."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
+    config: RunConfig = flags.config
+    pretrained, mesh = build.load_pretrained(config), build.mesh_of(config)
+    network = build.make_backbone(config, pretrained)
+    examples, params = build.load_weights(config, flags.workdir, network, pretrained, mesh)
+    prompts = read_prompts(config.eval.prompts)
+    evaluator = build.make_evaluator(config, prompts, network, pretrained, mesh)
+    validate = build.make_validation(config, flags.workdir, network, pretrained)
+    evaluation = evaluator(params, pretrained.params, config.sampling.guidance)
+    losses = validate(params, pretrained.params)
+    picture = flags.workdir / "samples" / "evaluated.png"
+    save_grid(picture, evaluation.images[: config.eval.shown])
+    line = {
+        "examples": examples,
+        "scores": evaluation.scores,
+        "validation": losses,
+        "config": json.loads(to_json(config)),
+    }
+    with (flags.workdir / "scores.jsonl").open("a") as file:
+        file.write(json.dumps(line) + "\n")
+    print(table(evaluation.scores, losses))
+    print(f"{len(prompts.texts)} prompts, {examples} examples of training; samples in {picture}")
+
+
+def table(scores: dict[str, Estimate], losses: dict[str, float]) -> str:
+    """One score a line, with its 95% interval and the number of prompts behind it."""
+    rows = [
+        f"{name:<28} {score.value:8.4f}   [{score.low:.4f}, {score.high:.4f}]   n={score.count}"
+        for name, score in scores.items()
+    ]
+    rows += [f"{f'validation loss at {level}':<28} {loss:8.4f}" for level, loss in losses.items()]
+    return "\n".join(rows)
+
+
+if __name__ == "__main__":
+    run_command(main, RunConfig, description=__doc__)

@@ -1,0 +1,185 @@
+"""What a UNet of latent diffusion is made of, and how diffusers says the same."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from ldm_jax.models import names
+
+EPSILON = 1e-5
+
+# What diffusers lets a config choose and this network has built in.
+FIXED = {
+    "act_fn": "silu",
+    "addition_embed_type": None,
+    "attention_type": "default",
+    "center_input_sample": False,
+    "class_embed_type": None,
+    "conv_in_kernel": 3,
+    "conv_out_kernel": 3,
+    "cross_attention_norm": None,
+    "downsample_padding": 1,
+    "dropout": 0.0,
+    "dual_cross_attention": False,
+    "encoder_hid_dim": None,
+    "flip_sin_to_cos": True,
+    "freq_shift": 0,
+    "mid_block_scale_factor": 1,
+    "norm_eps": EPSILON,
+    "num_class_embeds": None,
+    "only_cross_attention": False,
+    "resnet_out_scale_factor": 1.0,
+    "resnet_skip_time_act": False,
+    "resnet_time_scale_shift": "default",
+    "reverse_transformer_layers_per_block": None,
+    "time_cond_proj_dim": None,
+    "time_embedding_act_fn": None,
+    "time_embedding_dim": None,
+    "time_embedding_type": "positional",
+    "timestep_post_act": None,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class UNetConfig:
+    """A UNet by level, from the highest resolution to the lowest; the defaults are Stable Diffusion 2's.
+
+    `transformer_depth` counts the transformer blocks after each residual block of a level, `mid_depth`
+    those in the middle; 0 is no attention. Heads are `head_width` wide; or there are `num_heads` of them
+    at every level, where that is not 0. `sample_size`, the side of the latents, is what diffusers renders
+    by default. `use_linear_projection` says how checkpoints hold the projections around a transformer:
+    as linear layers, or as 1x1 convolutions. `dtype` is that of the computation, `remat` a row of
+    `nn.stack.REMAT` that holds for every residual and every transformer block alone.
+    """
+
+    in_channels: int = 4
+    out_channels: int = 4
+    channels: tuple[int, ...] = (320, 640, 1280, 1280)
+    num_res_blocks: int = 2
+    transformer_depth: tuple[int, ...] = (1, 1, 1, 0)
+    mid_depth: int = 1
+    head_width: int = 64
+    num_heads: int = 0
+    text_width: int = 1024
+    num_groups: int = 32
+    use_linear_projection: bool = True
+    sample_size: int = 64
+    dtype: str = "float32"
+    remat: str = "none"
+
+    def __post_init__(self) -> None:
+        if len(self.channels) != len(self.transformer_depth):
+            raise ValueError(
+                f"channels {self.channels} and transformer_depth {self.transformer_depth} are by level"
+                " and must be of one length"
+            )
+        widths = {width for width, depth in self._depths() if depth}
+        uneven = sorted(width for width in widths if width % (self.num_heads or self.head_width))
+        if uneven:
+            heads = f"{self.num_heads} heads" if self.num_heads else f"heads of {self.head_width}"
+            raise ValueError(f"a level of {uneven[0]} channels cannot be divided into {heads}")
+
+    def heads(self, width: int) -> int:
+        """How many attention heads a level of `width` channels has."""
+        return self.num_heads or max(1, width // self.head_width)
+
+    @property
+    def names(self) -> names.Names:
+        """How checkpoints name the parameters."""
+        return names.UNET_LINEAR if self.use_linear_projection else names.UNET_CONV
+
+    @classmethod
+    def from_diffusers(
+        cls, values: Mapping[str, Any], dtype: str = "float32", remat: str = "none"
+    ) -> "UNetConfig":
+        """From the content of a `config.json` of diffusers' UNet2DConditionModel.
+
+        Raises ValueError where it asks for something that this network does not have.
+        """
+        where = "UNet2DConditionModel"
+        names.check_fixed(values, FIXED, where)
+        channels = tuple(values["block_out_channels"])
+        attends = ["CrossAttn" in block for block in values["down_block_types"]]
+        mid_attends = values.get("mid_block_type", "UNetMidBlock2DCrossAttn").endswith("CrossAttn")
+        depths = _by_level(values.get("transformer_layers_per_block", 1), len(channels))
+        depth = tuple(d if attend else 0 for d, attend in zip(depths, attends, strict=True))
+        sizes = _by_level(values.get("layers_per_block", 2), len(channels))
+        config = cls(
+            in_channels=values.get("in_channels", 4),
+            out_channels=values.get("out_channels", 4),
+            channels=channels,
+            num_res_blocks=sizes[0],
+            transformer_depth=depth,
+            mid_depth=depths[-1] if mid_attends else 0,
+            **_heads(values.get("attention_head_dim", 8), channels),
+            text_width=values.get("cross_attention_dim", 1280),
+            num_groups=values.get("norm_num_groups", 32),
+            use_linear_projection=values.get("use_linear_projection", False),
+            sample_size=values.get("sample_size") or 64,
+            dtype=dtype,
+            remat=remat,
+        )
+        shape = ("down_block_types", "mid_block_type", "up_block_types")
+        written = config.to_diffusers()
+        names.check_fixed(values, {name: written[name] for name in shape}, where)
+        names.check_fixed(
+            {"layers_per_block": sizes}, {"layers_per_block": sizes[:1] * len(sizes)}, where
+        )
+        return config
+
+    def to_diffusers(self) -> dict[str, Any]:
+        """The content of the `config.json` that diffusers' UNet2DConditionModel reads.
+
+        Raises ValueError for a middle whose depth diffusers cannot express.
+        """
+        depths = [max(depth, 1) for depth in self.transformer_depth]
+        if self.mid_depth and self.transformer_depth[-1] not in (0, self.mid_depth):
+            raise ValueError(
+                f"diffusers has one depth for the middle and the lowest level; here they are"
+                f" {self.mid_depth} and {self.transformer_depth[-1]}"
+            )
+        if self.mid_depth:
+            depths[-1] = self.mid_depth
+        down = [
+            "CrossAttnDownBlock2D" if depth else "DownBlock2D" for depth in self.transformer_depth
+        ]
+        return {
+            "_class_name": "UNet2DConditionModel",
+            **FIXED,
+            "in_channels": self.in_channels,
+            "out_channels": self.out_channels,
+            "block_out_channels": list(self.channels),
+            "layers_per_block": self.num_res_blocks,
+            "transformer_layers_per_block": depths,
+            "attention_head_dim": [self.heads(width) for width in self.channels],  # so it is called
+            "cross_attention_dim": self.text_width,
+            "norm_num_groups": self.num_groups,
+            "use_linear_projection": self.use_linear_projection,
+            "sample_size": self.sample_size,
+            "down_block_types": down,
+            "mid_block_type": "UNetMidBlock2DCrossAttn" if self.mid_depth else "UNetMidBlock2D",
+            "up_block_types": [block.replace("Down", "Up") for block in reversed(down)],
+        }
+
+    def _depths(self) -> list[tuple[int, int]]:
+        """(channels, transformer depth) of every level, and of the middle."""
+        levels = zip(self.channels, self.transformer_depth, strict=True)
+        return [*levels, (self.channels[-1], self.mid_depth)]
+
+
+def _by_level(value: int | list[int] | tuple[int, ...], levels: int) -> list[int]:
+    return [value] * levels if isinstance(value, int) else list(value)
+
+
+def _heads(counts: int | list[int] | tuple[int, ...], channels: tuple[int, ...]) -> dict[str, int]:
+    """`attention_head_dim`, which by an old mistake of diffusers' holds the number of heads."""
+    counts = _by_level(counts, len(channels))
+    if len(set(counts)) == 1:
+        return {"num_heads": counts[0]}
+    widths = {width // count for width, count in zip(channels, counts, strict=True)}
+    if len(widths) > 1:
+        raise ValueError(
+            f"attention_head_dim={counts} with block_out_channels={list(channels)}: neither the number"
+            " of heads nor their width is the same at all levels"
+        )
+    return {"head_width": widths.pop()}

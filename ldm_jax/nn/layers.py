@@ -1,0 +1,172 @@
+"""The convolutional layers that the autoencoder and the UNet share; attributes are named as diffusers names them."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange, reduce, repeat
+from flax import nnx
+from jaxtyping import Float
+
+from ldm_jax.nn.attention import attention
+from ldm_jax.types import Arr, PerExample
+
+Map = Float[Arr, "B _ _ _"]  # rows, columns, channels
+zeros = nnx.initializers.zeros
+
+
+class GroupNorm(nnx.Module):
+    """Group normalisation (Wu and He 2018, arXiv:1803.08494) of maps, its statistics in float32.
+
+    The statistics come from the sums of x and x^2 by channel: one pass over `x` for them, one for the result, no
+    reshape of the activations into groups, and no float32 copy of them between the two.
+    """
+
+    def __init__(self, channels: int, num_groups: int, epsilon: float, *, dtype: str) -> None:
+        if channels % num_groups:
+            raise ValueError(f"{channels} channels do not divide into {num_groups} groups")
+        self.scale = nnx.Param(jnp.ones((channels,)))
+        self.bias = nnx.Param(jnp.zeros((channels,)))
+        self.num_groups, self.epsilon, self.dtype = num_groups, epsilon, dtype
+
+    def __call__(self, x: Map) -> Map:
+        x = x.astype(jnp.float32)
+        mean_BC = jnp.mean(x, axis=(1, 2))
+        square_BC = jnp.mean(jnp.square(x), axis=(1, 2))
+        mean_BG, square_BG = (
+            reduce(moment, "B (G c) -> B G", "mean", G=self.num_groups)
+            for moment in (mean_BC, square_BC)
+        )
+        variance_BG = jnp.maximum(square_BG - jnp.square(mean_BG), 0)
+        inverse_BG = jax.lax.rsqrt(variance_BG + self.epsilon)
+        group_size = x.shape[-1] // self.num_groups
+        mean_BC, inverse_BC = (
+            repeat(moment, "B G -> B (G c)", c=group_size) for moment in (mean_BG, inverse_BG)
+        )
+        slope_BC = inverse_BC * self.scale[...][None]
+        centred = x - mean_BC[:, None, None]
+        y = centred * slope_BC[:, None, None] + self.bias[...][None, None, None]
+        return y.astype(self.dtype)
+
+
+def conv3x3(
+    inputs: int,
+    outputs: int,
+    *,
+    dtype: str,
+    rngs: nnx.Rngs,
+    strides: int = 1,
+    padding: tuple[int, int] = (1, 1),
+    kernel_init: nnx.Initializer = nnx.initializers.lecun_normal(),
+) -> nnx.Conv:
+    """A 3x3 convolution whose `padding` (before, after) is that of rows and of columns."""
+    return nnx.Conv(
+        inputs,
+        outputs,
+        kernel_size=(3, 3),
+        strides=(strides, strides),
+        padding=(padding, padding),
+        kernel_init=kernel_init,
+        dtype=dtype,
+        rngs=rngs,
+    )
+
+
+class Downsample(nnx.Module):
+    """Halves rows and columns by a strided convolution.
+
+    `padding` is (1, 1) in the UNet; (0, 1) in the autoencoder, which pads below and to the right only.
+    """
+
+    def __init__(
+        self, channels: int, padding: tuple[int, int], *, dtype: str, rngs: nnx.Rngs
+    ) -> None:
+        self.conv = conv3x3(channels, channels, strides=2, padding=padding, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: Map) -> Map:
+        return self.conv(x)
+
+
+class Upsample(nnx.Module):
+    """Doubles rows and columns: every pixel four times, then a convolution."""
+
+    def __init__(self, channels: int, *, dtype: str, rngs: nnx.Rngs) -> None:
+        self.conv = conv3x3(channels, channels, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: Map) -> Map:
+        return self.conv(repeat(x, "B H W C -> B (H h) (W w) C", h=2, w=2))
+
+
+class ResBlock(nnx.Module):
+    """Two convolutions around the embedding of the time, if there is one, and a skip connection.
+
+    With a time (`time_width`) the second convolution starts at zero, so that the block starts as its skip connection
+    (Ho et al. 2020 and LDM's UNet); LDM's autoencoder, which has no time, starts all convolutions alike.
+    """
+
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        num_groups: int,
+        epsilon: float,
+        *,
+        time_width: int = 0,
+        dtype: str,
+        rngs: nnx.Rngs,
+    ) -> None:
+        last_init = zeros if time_width else nnx.initializers.lecun_normal()
+        self.norm1 = GroupNorm(inputs, num_groups, epsilon, dtype=dtype)
+        self.conv1 = conv3x3(inputs, outputs, dtype=dtype, rngs=rngs)
+        if time_width:
+            self.time_emb_proj = nnx.Linear(time_width, outputs, dtype=dtype, rngs=rngs)
+        self.norm2 = GroupNorm(outputs, num_groups, epsilon, dtype=dtype)
+        self.conv2 = conv3x3(outputs, outputs, kernel_init=last_init, dtype=dtype, rngs=rngs)
+        if inputs != outputs:
+            self.conv_shortcut = nnx.Linear(inputs, outputs, dtype=dtype, rngs=rngs)
+        self.has_shortcut = inputs != outputs
+
+    def __call__(self, x: Map, time: Float[Arr, "B T"] | None = None) -> Map:
+        """`time` is the embedded time after its SiLU."""
+        h = self.conv1(nnx.silu(self.norm1(x)))
+        if time is not None:
+            h += self.time_emb_proj(time)[:, None, None]
+        h = self.conv2(nnx.silu(self.norm2(h)))
+        return h + (self.conv_shortcut(x) if self.has_shortcut else x)
+
+
+class PixelAttention(nnx.Module):
+    """Self-attention of one head between all the pixels of a map, as the autoencoder has it in its middle."""
+
+    def __init__(
+        self, channels: int, num_groups: int, epsilon: float, *, dtype: str, rngs: nnx.Rngs
+    ) -> None:
+        self.group_norm = GroupNorm(channels, num_groups, epsilon, dtype=dtype)
+        self.to_q, self.to_k, self.to_v, self.to_out = (
+            nnx.Linear(channels, channels, dtype=dtype, rngs=rngs) for _ in range(4)
+        )
+
+    def __call__(self, x: Map) -> Map:
+        h_BND = rearrange(self.group_norm(x), "B H W D -> B (H W) D")
+        q, k, v = (project(h_BND)[:, :, None] for project in (self.to_q, self.to_k, self.to_v))
+        return x + self.to_out(attention(q, k, v)[:, :, 0]).reshape(x.shape)
+
+
+class TimeEmbedding(nnx.Module):
+    """The time -> a vector, by sinusoids and a layer of two."""
+
+    def __init__(self, width: int, outputs: int, *, dtype: str, rngs: nnx.Rngs) -> None:
+        self.linear_1 = nnx.Linear(width, outputs, dtype=dtype, rngs=rngs)
+        self.linear_2 = nnx.Linear(outputs, outputs, dtype=dtype, rngs=rngs)
+        self.width = width
+
+    def __call__(self, told: PerExample) -> Float[Arr, "B T"]:
+        return self.linear_2(nnx.silu(self.linear_1(sinusoids(told, self.width))))
+
+
+def sinusoids(told: PerExample, width: int) -> Float[Arr, "B {width}"]:
+    """Cosines, then sines, of `told` at width/2 frequencies from 1 down to almost 1/10000 (Vaswani et al. 2017)."""
+    half = width // 2
+    frequencies = jnp.exp(jnp.arange(half) * (-math.log(10_000) / half))
+    angles = told.astype(jnp.float32)[:, None] * frequencies[None]
+    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)

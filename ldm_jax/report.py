@@ -1,0 +1,368 @@
+"""One self-contained HTML page of a run: `python -m ldm_jax.report --workdir=RUN`.
+
+What it reads in the run's directory, each part where it is there:
+
+    config.json        the run's config
+    metrics.jsonl      a line a logging period: {"examples": 5000, "step": 78, "loss": 0.31, ...}
+    evaluations.jsonl  a line an evaluation: {"examples": 20000, "weights": "ema",
+                       "scores": {name: [value, low, high, count]}, "validation": {"0.1": loss, ...},
+                       "samples": "samples/000020000.png", "columns": 8}
+    prompts.json       of the images in a grid, row by row: [{"prompt": "...", "held_out": true}, ...]
+    references.json    what a score can be held against: {"untrained": {name: [...]}, ...}
+    record.json        the `RunRecord` of the finished run
+
+A run that was killed and continued repeats lines: of one count of examples, the last line counts.
+"""
+
+import argparse
+import base64
+import dataclasses
+import html
+import io
+import json
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from string import Template
+from typing import Any, NamedTuple
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from PIL import Image
+
+from ldm_jax.flags import run_command
+from ldm_jax.scaling import plots
+from ldm_jax.types import Estimate
+
+Line = dict[str, Any]
+
+PARTS = ("config.json", "metrics.jsonl", "evaluations.jsonl", "prompts.json", "references.json")
+MAX_SHEETS = 12  # grids on the page, evenly over the run
+MAX_TILE = 160  # pixels of an image's side on the page
+CHART = (4.2, 2.6)  # inches
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What a run's directory holds; an empty value for each part that is not there."""
+
+    workdir: Path
+    config: Line
+    metrics: list[Line]
+    evaluations: list[Line]
+    prompts: list[Line]
+    references: Mapping[str, Mapping[str, list[int | float]]]
+    record: Line
+
+
+def read_run(workdir: Path) -> Run:
+    """Reads a run's directory.
+
+    Raises:
+      ValueError: the directory holds none of a run's files, or one of them cannot be read.
+      FileNotFoundError: there is no such directory.
+    """
+    if not workdir.is_dir():
+        raise FileNotFoundError(f"there is no directory {workdir}")
+    if not any((workdir / part).is_file() for part in PARTS):
+        raise ValueError(f"{workdir} holds no run: it has none of {', '.join(PARTS)}")
+    return Run(
+        workdir,
+        config=_read_json(workdir / "config.json", {}),
+        metrics=_read_lines(workdir / "metrics.jsonl"),
+        evaluations=_read_lines(workdir / "evaluations.jsonl"),
+        prompts=_read_json(workdir / "prompts.json", []),
+        references=_read_json(workdir / "references.json", {}),
+        record=_read_json(workdir / "record.json", {}),
+    )
+
+
+def page(run: Run) -> str:
+    """The whole page; what the run does not have is said in its place."""
+    styles, samples = _samples(run)
+    return Template(Path(__file__).with_suffix(".html").read_text()).substitute(
+        title=html.escape(run.workdir.resolve().name),
+        summary=html.escape(_summary(run)),
+        styles=styles,
+        samples=samples,
+        scores=_scores(run),
+        losses=_losses(run),
+        costs=_costs(run),
+        config=_config(run),
+    )
+
+
+def main(flags: argparse.Namespace) -> None:
+    """Writes the page of the run in `flags.workdir`."""
+    output = flags.output or flags.workdir / "report.html"
+    text = page(read_run(flags.workdir))
+    partial = output.with_name(f"{output.name}.partial")
+    partial.write_text(text)
+    partial.replace(output)
+    print(f"{output}: {len(text) / 1e6:.1f} MB")
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    text = "the page; report.html in --workdir by default"
+    parser.add_argument("--output", type=Path, metavar="FILE", help=text)
+
+
+def _read_json(path: Path, absent: Any) -> Any:
+    if not path.is_file():
+        return absent
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON: {error}") from error
+
+
+def _read_lines(path: Path) -> list[Line]:
+    """The lines in the order of examples; of equal counts the last, and none that is unfinished."""
+    lines: dict[int, Line] = {}
+    for text in path.read_text().splitlines() if path.is_file() else ():
+        try:
+            line = json.loads(text)
+        except ValueError:
+            continue
+        lines[line["examples"]] = line
+    return [lines[examples] for examples in sorted(lines)]
+
+
+def _summary(run: Run) -> str:
+    seen = max((line["examples"] for line in run.metrics + run.evaluations), default=0)
+    parts = [f"{_short(seen)} examples"]
+    if run.record:
+        network = f"{_short(run.record['params'])} parameters"
+        parts = [network, *parts, f"{_duration(run.record['seconds'])} on {run.record['chips']}"]
+    return " · ".join(parts)
+
+
+def _samples(run: Run) -> tuple[str, str]:
+    """The grids as style rules, and the gallery whose tiles show their places of the chosen grid."""
+    found = [line for line in run.evaluations if (run.workdir / line.get("samples", "-")).is_file()]
+    if not found:
+        return "", _missing("No evaluation of this run has left a grid of images.")
+    columns = found[-1]["columns"]
+    shown = [line for line in _spread(found, MAX_SHEETS) if line["columns"] == columns]
+    sheets = [_sheet(run.workdir / line["samples"], columns) for line in shown]
+    styles = "\n".join(
+        f"  .sheet{i} .tile {{ background-image: url(data:image/png;base64,{sheet.data}); }}"
+        for i, sheet in enumerate(sheets)
+    )
+    labels = [f"after {line['examples']:,} examples" for line in shown]
+    return styles, _slider(labels) + _gallery(run.prompts, columns, sheets[-1].rows, labels)
+
+
+def _spread(lines: list[Line], count: int) -> list[Line]:
+    """At most so many of the lines, evenly, the first and the last among them."""
+    chosen = np.linspace(0, len(lines) - 1, min(count, len(lines))).round().astype(int)
+    return [lines[i] for i in chosen]
+
+
+class _Sheet(NamedTuple):
+    data: str
+    rows: int
+
+
+def _sheet(path: Path, columns: int) -> _Sheet:
+    """A grid's PNG as base64, its images no larger than the page shows them."""
+    with Image.open(path) as image:
+        tile = image.width // columns
+        rows = max(1, image.height // tile)
+        if tile > MAX_TILE:
+            image = image.resize((columns * MAX_TILE, rows * MAX_TILE), Image.Resampling.LANCZOS)
+        stream = io.BytesIO()
+        image.save(stream, format="PNG", optimize=True)
+    return _Sheet(base64.b64encode(stream.getvalue()).decode(), rows)
+
+
+def _slider(labels: list[str]) -> str:
+    last = len(labels) - 1
+    return (
+        f'<div class="time"><input type="range" min="0" max="{last}" value="{last}" '
+        f'aria-label="examples seen"><output>{labels[-1]}</output></div>'
+    )
+
+
+def _gallery(prompts: list[Line], columns: int, rows: int, labels: list[str]) -> str:
+    """The tiles with their prompts, those with held-out combinations first."""
+    named = prompts or [{"prompt": ""}] * (columns * rows)
+    tiles = list(enumerate(named[: columns * rows]))
+    parts = []
+    for held_out, heading in ((True, "Held-out prompts"), (False, "Other prompts")):
+        group = [
+            (i, line["prompt"]) for i, line in tiles if line.get("held_out", False) == held_out
+        ]
+        if group:
+            parts.append(f"<h3>{heading}</h3>" if prompts else _missing("No prompts.json."))
+            figures = "".join(_tile(i, columns, rows, prompt) for i, prompt in group)
+            parts.append(f'<div class="gallery">{figures}</div>')
+    data = html.escape(json.dumps(labels))
+    return f'<div class="sheet{len(labels) - 1}" data-labels="{data}">{"".join(parts)}</div>'
+
+
+def _tile(index: int, columns: int, rows: int, prompt: str) -> str:
+    """One place of the grid, as a window on the grid that is `columns` times as wide."""
+    row, column = divmod(index, columns)
+    x, y = 100 * column / max(1, columns - 1), 100 * row / max(1, rows - 1)
+    place = f"background-size: {100 * columns}% {100 * rows}%; background-position: {x:g}% {y:g}%"
+    return (
+        f'<figure><div class="tile" style="{place}"></div>'
+        f"<figcaption>{html.escape(prompt)}</figcaption></figure>"
+    )
+
+
+def _scores(run: Run) -> str:
+    scored = [line for line in run.evaluations if line.get("scores")]
+    if not scored:
+        return _missing("This run has not been evaluated.")
+    names = list(dict.fromkeys(name for line in scored for name in line["scores"]))
+    charts = "".join(_chart(name, partial(_paint_score, run, scored, name)) for name in names)
+    columns = {"this run": scored[-1]["scores"], **run.references}
+    rows = [[name, *(_estimate(scores.get(name)) for scores in columns.values())] for name in names]
+    note = "" if run.references else _missing("No references.json to hold the scores against.")
+    return _table(["", *columns], rows) + note + f'<div class="charts">{charts}</div>'
+
+
+def _paint_score(run: Run, scored: list[Line], name: str, axes: Axes) -> None:
+    lines = [line for line in scored if name in line["scores"]]
+    x = [line["examples"] for line in lines]
+    estimates = [Estimate(*line["scores"][name]) for line in lines]
+    band = [e.low for e in estimates], [e.high for e in estimates]
+    plots.curve(axes, x, [e.value for e in estimates], color=plots.BLUE, band=band)
+    for label, scores in run.references.items():
+        if name in scores:
+            plots.level(axes, scores[name][0], label)
+    plots.examples_axis(axes)
+
+
+def _losses(run: Run) -> str:
+    charts = []
+    trained = [line for line in run.metrics if "loss" in line]
+    if trained:
+        charts.append(_chart("training", partial(_paint_loss, trained)))
+    checked = [line for line in run.evaluations if line.get("validation")]
+    if checked:
+        charts.append(_chart("validation, by noise level", partial(_paint_validation, checked)))
+    missing = [
+        _missing(sentence)
+        for lines, sentence in (
+            (trained, "No line of metrics.jsonl has a loss."),
+            (checked, "No evaluation has a validation loss."),
+        )
+        if not lines
+    ]
+    return f'<div class="charts">{"".join(charts)}</div>{"".join(missing)}'
+
+
+def _paint_loss(lines: list[Line], axes: Axes) -> None:
+    x = np.array([line["examples"] for line in lines])
+    y = np.array([line["loss"] for line in lines], float)
+    axes.plot(x, y, color=plots.BLUE, alpha=0.3, linewidth=0.8, label="as logged")
+    axes.plot(x, _smooth(y, max(1.0, len(y) / 50)), color=plots.BLUE, label="smoothed")
+    axes.legend()
+    plots.examples_axis(axes)
+    plots.positive_axis(axes, y)
+
+
+def _smooth(y: np.ndarray, length: float) -> np.ndarray:
+    """An exponential average over about `length` values that starts without a bias."""
+    keep, total, weight = 1 - 1 / length, 0.0, 0.0
+    result = np.empty_like(y)
+    for i, value in enumerate(y):
+        if np.isfinite(value):
+            total, weight = keep * total + value, keep * weight + 1
+        result[i] = total / weight if weight else np.nan
+    return result
+
+
+def _paint_validation(lines: list[Line], axes: Axes) -> None:
+    levels = sorted({level for line in lines for level in line["validation"]}, key=float)
+    colors = matplotlib.colormaps["viridis"](np.linspace(0.05, 0.85, len(levels)))
+    for level, color in zip(levels, colors, strict=True):
+        points = [
+            (n["examples"], n["validation"][level]) for n in lines if level in n["validation"]
+        ]
+        plots.curve(axes, *zip(*points, strict=True), color=color, label=f"t = {level}")
+    axes.legend(ncols=2)
+    plots.examples_axis(axes)
+    plots.positive_axis(axes, [y for line in lines for y in line["validation"].values()])
+
+
+def _costs(run: Run) -> str:
+    if not run.record:
+        return _missing("No record.json: this run has not finished.")
+    record = run.record
+    rows = [
+        ["parameters", f"{record['params']:,}"],
+        ["examples", f"{record['examples']:,}"],
+        ["GFLOPs per example", f"{record['flops'] / record['examples'] / 1e9:,.4g}"],
+        ["FLOPs in all", f"{record['flops']:.3g}"],
+        ["time", _duration(record["seconds"])],
+        ["examples per second", f"{record['examples'] / record['seconds']:,.4g}"],
+        ["chips", html.escape(record["chips"])],
+        ["commit", html.escape(record["commit"] or "unknown")],
+        ["seed", str(record["seed"])],
+    ]
+    return _table([], rows)
+
+
+def _config(run: Run) -> str:
+    if not run.config:
+        return _missing("No config.json.")
+    text = html.escape("\n".join(_settings(run.config, "")))
+    return f"<details><summary>All settings</summary><pre>{text}</pre></details>"
+
+
+def _settings(config: Line, path: str) -> Iterator[str]:
+    for key, value in config.items():
+        if isinstance(value, dict):
+            yield from _settings(value, f"{path}{key}.")
+        else:
+            yield f"{path}{key} = {json.dumps(value)}"
+
+
+def _chart(title: str, paint: Callable[[Axes], None]) -> str:
+    return f'<div class="chart">{plots.svg(paint, title=title, size=CHART)}</div>'
+
+
+def _table(head: list[str], rows: list[list[str]]) -> str:
+    """A table of HTML cells; the headings, and the names that rows begin with, are plain text."""
+    top = "".join(f"<th>{html.escape(name)}</th>" for name in head)
+    body = "".join(
+        f"<tr><th>{html.escape(first)}</th>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
+        for first, *cells in rows
+    )
+    return f'<div class="table"><table>{f"<tr>{top}</tr>" if top else ""}{body}</table></div>'
+
+
+def _estimate(row: list[int | float] | None) -> str:
+    if row is None:
+        return "<small>not known</small>"
+    value, low, high, count = row
+    return f"<b>{value:.3g}</b> <small>{low:.3g} to {high:.3g}, n = {count}</small>"
+
+
+def _missing(sentence: str) -> str:
+    return f'<p class="missing">{sentence}</p>'
+
+
+def _short(count: int) -> str:
+    """A count in three digits: 866M, 12.8k."""
+    for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if count >= size:
+            return f"{count / size:.3g}{unit}"
+    return f"{count:g}"
+
+
+def _duration(seconds: int | float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    parts = [(hours, "h"), (minutes, "min"), (rest, "s")]
+    first = next((i for i, (number, _) in enumerate(parts) if number), 2)
+    return " ".join(f"{number} {unit}" for number, unit in parts[first : first + 2])
+
+
+if __name__ == "__main__":
+    run_command(main, description=__doc__, add_flags=add_flags)

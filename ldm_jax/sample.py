@@ -1,0 +1,128 @@
+"""Draws images from a trained model: one PNG an image and one grid.
+
+    python -m ldm_jax.sample --workdir=runs/demo --prompt="a large red circle at the top left on a gray background"
+    python -m ldm_jax.sample --workdir=runs/demo --prompts=prompts.txt --seeds=4 --config.sampling.guidance=3
+
+The config is the one that the run was started with; settings of `sampling` may be changed. The noise of an image is
+a function of its prompt's number and its seed alone.
+"""
+
+import argparse
+import json
+import logging
+from pathlib import Path
+
+import jax
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from ldm_jax import build
+from ldm_jax.config import RunConfig
+from ldm_jax.evals.generation import Generate
+from ldm_jax.evals.image_grids import save_grid, to_uint8
+from ldm_jax.flags import run_command
+from ldm_jax.models.tokenizer import Tokenizer
+from ldm_jax.parallel import put_batch
+from ldm_jax.types import Images, Params
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags of this command."""
+    text = "a prompt; may be given several times"
+    parser.add_argument("--prompt", action="append", default=[], metavar="TEXT", help=text)
+    text = "a text file with a prompt a line"
+    parser.add_argument("--prompts", type=Path, metavar="FILE", help=text)
+    text = "images of each prompt (default 1)"
+    parser.add_argument("--seeds", type=int, default=1, metavar="N", help=text)
+    text = "directory of the images (default WORKDIR/images)"
+    parser.add_argument("--output", type=Path, metavar="DIRECTORY", help=text)
+
+
+def main(flags: argparse.Namespace) -> None:
+    """Draws and writes the images."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", force=True)
+    config: RunConfig = flags.config
+    prompts = read(flags)
+    pretrained, mesh = build.load_pretrained(config), build.mesh_of(config)
+    network = build.make_backbone(config, pretrained)
+    _, params = build.load_weights(config, flags.workdir, network, pretrained, mesh)
+    warn_of_truncation(prompts, pretrained.tokenizer)
+    generate = build.make_sampling(config, network, pretrained)
+    images = draw(config, generate, params, pretrained, prompts, flags.seeds, mesh)
+    directory = flags.output or flags.workdir / "images"
+    write(directory, images, prompts, flags.seeds)
+    print(f"{len(images)} images in {directory}, side by side in {directory / 'grid.png'}")
+
+
+def read(flags: argparse.Namespace) -> list[str]:
+    """The prompts of the command line and of the file; a ValueError where there is none."""
+    prompts = list(flags.prompt)
+    if flags.prompts:
+        lines = flags.prompts.read_text(encoding="utf-8").splitlines()
+        prompts += [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise ValueError("there is no prompt: give --prompt=TEXT or --prompts=FILE, one a line")
+    if flags.seeds < 1:
+        raise ValueError(f"--seeds is {flags.seeds}; at least 1 image a prompt is drawn")
+    return prompts
+
+
+def warn_of_truncation(prompts: list[str], tokenizer: Tokenizer) -> None:
+    """Says what of a prompt the text encoder does not see."""
+    for prompt in prompts:
+        if cut := tokenizer.truncated(prompt):
+            logging.warning("The text encoder does not see the end of a prompt: %r", cut)
+
+
+def draw(
+    config: RunConfig,
+    generate: Generate,
+    params: Params,
+    pretrained: build.Pretrained,
+    prompts: list[str],
+    seeds: int,
+    mesh: jax.sharding.Mesh,
+) -> Images:
+    """Images [prompts x seeds, rows, columns, 3] in [-1, 1], the seeds of a prompt side by side."""
+    tokens = np.repeat(pretrained.tokenizer(prompts), seeds, axis=0)
+    empty, key = pretrained.tokenizer([""]), build.key(config, "sample")
+    number, seed = np.divmod(np.arange(len(tokens), dtype=np.uint32), np.uint32(seeds))
+
+    @jax.jit
+    def program(
+        params: Params, frozen: Params, rows: dict[str, jax.Array], scale: jax.Array
+    ) -> Images:
+        fold = jax.vmap(lambda n, s: jax.random.fold_in(jax.random.fold_in(key, n), s))
+        keys = fold(rows["number"], rows["seed"])
+        return generate(params, frozen, rows["tokens"], empty, keys, scale)
+
+    rows, size, images = (
+        {"tokens": tokens, "number": number, "seed": seed},
+        config.sampling.batch,
+        [],
+    )
+    for first in tqdm(range(0, len(tokens), size), unit=" batches", disable=len(tokens) <= size):
+        taken = np.minimum(np.arange(first, first + size), len(tokens) - 1)
+        part = put_batch({name: x[taken] for name, x in rows.items()}, mesh)
+        images.append(
+            jax.device_get(
+                program(params, pretrained.params, part, np.float32(config.sampling.guidance))
+            )
+        )
+    return np.concatenate(images)[: len(tokens)]
+
+
+def write(directory: Path, images: Images, prompts: list[str], seeds: int) -> None:
+    """PNGs `PROMPT-SEED.png`, a grid with a row a prompt (or a square one), and which prompt is which."""
+    directory.mkdir(parents=True, exist_ok=True)
+    for number, pixels in enumerate(to_uint8(images)):
+        prompt, seed = divmod(number, seeds)
+        Image.fromarray(pixels).save(directory / f"{prompt:05d}-{seed:02d}.png")
+    columns = seeds if seeds > 1 else int(np.ceil(np.sqrt(len(images))))
+    save_grid(directory / "grid.png", images, columns)
+    (directory / "prompts.json").write_text(json.dumps(prompts, indent=1))
+
+
+if __name__ == "__main__":
+    run_command(main, RunConfig, description=__doc__, add_flags=add_flags)

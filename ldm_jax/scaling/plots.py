@@ -1,0 +1,108 @@
+"""Figures in one style, as SVG that stands inside a page: no address, no font file, no script."""
+
+import html
+import io
+import re
+from collections.abc import Callable, Sequence
+
+import matplotlib
+import numpy as np
+from jaxtyping import Float, Int
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullLocator
+
+INK, SOFT, LINE = "#1d2430", "#5d6675", "#e3e6eb"
+BLUE, ORANGE, GREEN, GREY = "#2563a8", "#b4541a", "#2f855a", "#8a93a3"
+
+Values = Sequence[int | float] | Float[np.ndarray, " points"] | Int[np.ndarray, " points"]
+
+NO_METADATA = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+
+STYLE = {
+    "svg.fonttype": "none",
+    "font.size": 9,
+    "text.color": INK,
+    "lines.linewidth": 1.6,
+    "lines.solid_capstyle": "round",
+    "legend.frameon": False,
+    "legend.fontsize": 8,
+    "legend.labelcolor": SOFT,
+    "axes.edgecolor": LINE,
+    "axes.labelcolor": SOFT,
+    "axes.titlecolor": INK,
+    "axes.titlesize": 10,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.spines.left": False,
+    "grid.color": LINE,
+    "grid.linewidth": 0.7,
+    "xtick.color": SOFT,
+    "ytick.color": SOFT,
+    "xtick.major.size": 0,
+    "ytick.major.size": 0,
+    "xtick.minor.size": 0,
+    "ytick.minor.size": 0,
+}
+
+
+def svg(paint: Callable[[Axes], None], *, title: str, size: tuple[float, float]) -> str:
+    """One chart as an `<svg>` element; `paint` draws into its axes, `size` is in inches."""
+    with matplotlib.rc_context(STYLE | {"svg.hashsalt": title}):
+        figure = Figure(figsize=size, layout="constrained")
+        paint(figure.add_subplot(title=title))
+        stream = io.StringIO()
+        figure.savefig(stream, format="svg", metadata=NO_METADATA, transparent=True)
+    return _element(stream.getvalue(), title)
+
+
+def examples_axis(axes: Axes) -> None:
+    """The x axis counts examples: 0, 20k, 1.5M."""
+    axes.set_xlabel("examples")
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
+
+
+def positive_axis(axes: Axes, values: Values) -> None:
+    """The y axis of positive values: logarithmic, with plain numbers, where they span much."""
+    known = np.array([value for value in values if np.isfinite(value) and value > 0])
+    if known.size and known.max() > 6 * known.min():
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_locator(NullLocator())
+
+
+def curve(
+    axes: Axes,
+    x: Values,
+    y: Values,
+    *,
+    color: object,
+    label: str | None = None,
+    band: tuple[Values, Values] | None = None,
+) -> None:
+    """A line with its points, and the band between two others."""
+    axes.plot(x, y, color=color, label=label, marker="o", markersize=3.2)
+    if band is not None:
+        axes.fill_between(x, *band, color=color, alpha=0.16, linewidth=0)
+
+
+def level(axes: Axes, y: int | float, label: str) -> None:
+    """A dashed line across, with its name on it."""
+    axes.axhline(y, color=GREY, linewidth=1, linestyle=(0, (4, 3)))
+    place = {"xy": (1, y), "xycoords": ("axes fraction", "data"), "textcoords": "offset points"}
+    axes.annotate(label, xytext=(-2, 3), ha="right", color=SOFT, fontsize=8, **place)
+
+
+def _element(document: str, title: str) -> str:
+    """The element alone: without prolog and namespaces, which HTML does not want, and group ids."""
+    element = document[document.index("<svg") :]
+    element = re.sub(r' xmlns(:xlink)?="[^"]*"', "", element)
+    element = re.sub(r'<g id="[^"]*">', "<g>", element)
+    label = html.escape(title, quote=True)
+    return element.replace("<svg", f'<svg role="img" aria-label="{label}"', 1)

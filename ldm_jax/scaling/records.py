@@ -1,0 +1,86 @@
+"""The ledger of experiments: one run, one JSON line.
+
+A ledger is only ever appended to. A run that was repeated (the same study, config, seed and number
+of examples) has several lines, and the last one counts.
+"""
+
+import dataclasses
+import fcntl
+import json
+import os
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from ldm_jax.types import Estimate
+
+
+@dataclasses.dataclass(frozen=True)
+class RunRecord:
+    """What a run was, what it cost, and what came of it."""
+
+    study: str  # the question that it belongs to
+    config: Mapping[str, Any]  # as its config.json has it
+    commit: str  # of the code; empty where unknown
+    chips: str  # kind and number, as "TPU v5p x 8"
+    seed: int
+    params: int  # of the trained network
+    flops: float  # of the training, in all
+    examples: int  # seen in training
+    seconds: float  # of the training, waiting included
+    losses: Mapping[str, float]  # the last training loss, and those of validation
+    scores: Mapping[str, Estimate]
+
+    @property
+    def key(self) -> tuple[str, str, int, int]:
+        """What makes two records the same run."""
+        return self.study, json.dumps(self.config, sort_keys=True), self.seed, self.examples
+
+
+def append_record(path: str | Path, record: RunRecord) -> None:
+    """Adds a record to a ledger as one line, which is on disk when this returns.
+
+    Lines of several processes do not mix: the file is locked for the write. What a killed writer
+    left unfinished at the end is closed by a line break, so that it spoils no other line.
+    """
+    line = json.dumps(dataclasses.asdict(record)).encode() + b"\n"
+    file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        size = os.fstat(file).st_size
+        torn = size > 0 and os.pread(file, 1, size - 1) != b"\n"
+        os.write(file, b"\n" + line if torn else line)
+        os.fsync(file)
+    finally:
+        os.close(file)
+
+
+def read_records(*paths: str | Path) -> list[RunRecord]:
+    """The records of one ledger or of several, each run once, in the order of first appearance.
+
+    A line that was left unfinished is left out with a warning.
+
+    Raises:
+      ValueError: a line that is JSON but no record, with its file and number.
+    """
+    records = (record for path in paths for record in _read(Path(path)))
+    return list({record.key: record for record in records}.values())
+
+
+def _read(path: Path) -> Iterator[RunRecord]:
+    for number, line in enumerate(path.read_text().splitlines(), 1):
+        try:
+            entry = json.loads(line)
+        except json.JSONDecodeError:
+            warnings.warn(f"{path}, line {number}: unfinished, left out", stacklevel=3)
+        else:
+            yield _record(entry, f"{path}, line {number}")
+
+
+def _record(entry: Any, place: str) -> RunRecord:
+    expected = {field.name for field in dataclasses.fields(RunRecord)}
+    if not isinstance(entry, dict) or set(entry) != expected:
+        raise ValueError(f"{place} is no record; one has {', '.join(sorted(expected))}")
+    scores = {name: Estimate(*row) for name, row in entry["scores"].items()}
+    return RunRecord(**entry | {"scores": scores})

@@ -1,0 +1,201 @@
+"""Trains a text-to-image latent diffusion model on encoded data.
+
+    python -m ldm_jax.train --config=configs/demo.py --workdir=runs/demo
+
+WORKDIR gets the config, the checkpoints, metrics (JSON lines and TensorBoard), and evaluations with samples.
+Killed at any moment, the same command continues from the last checkpoint and ends as if nothing had happened.
+"""
+
+import argparse
+import fnmatch
+import json
+import logging
+import subprocess
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from ldm_jax import build
+from ldm_jax.config import MAY_CHANGE, RunConfig
+from ldm_jax.configuration import config_difference, to_json
+from ldm_jax.data.durable import write_atomically
+from ldm_jax.data.scenes import render
+from ldm_jax.evals.journal import Journal
+from ldm_jax.evals.prompts import Prompts, read_prompts
+from ldm_jax.flags import CONFIG_FILE, run_command
+from ldm_jax.models.flops import traced_flops
+from ldm_jax.nn.functional import Functional
+from ldm_jax.scaling.records import RunRecord, append_record
+from ldm_jax.training import Every, Hook, State, Tick, fit, prefetch
+from ldm_jax.training.checkpoints import Checkpoints
+from ldm_jax.training.hooks import Guard, Metrics, Profiler, Progress, Save, tensorboard
+from ldm_jax.types import Batch, Estimate, Params
+
+
+def main(flags: argparse.Namespace) -> None:
+    """Trains, from scratch or from the last checkpoint in the working directory."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
+    config, workdir = flags.config, flags.workdir
+    jax.config.update("jax_compilation_cache_dir", str(workdir / "compiled"))
+    claim(config, workdir)
+    pretrained, mesh = build.load_pretrained(config), build.mesh_of(config)
+    loader = build.make_loader(config, workdir, pretrained)
+    network = build.make_backbone(config, pretrained)
+    training = build.make_training(config, network, pretrained, mesh)
+    checkpoints = Checkpoints(workdir / "checkpoints", keep=config.train.keep)
+    state = begin(training, checkpoints)
+    metrics = Metrics(workdir, config.train.log_every, tensorboard(workdir), int(state.examples))
+    evaluate = Evaluate(config, workdir, network, pretrained, mesh, metrics)
+    if not int(state.examples):
+        evaluate.untrained(state)
+    guard = Guard(workdir, checkpoints.latest, factor=config.train.explosion)
+    flops = flops_per_example(training, pretrained.params, next(loader))
+    hooks = [
+        guard,
+        metrics,
+        Progress(config.train.examples, flops),
+        Every(config.eval.every, evaluate),
+        Save(checkpoints, config.train.save_every, settle=(guard.settle, metrics.settle)),
+    ]
+    if config.train.profile:
+        hooks.append(Profiler(workdir / "profile", *config.train.profile))
+    loader.seek(int(state.examples))
+    step = jax.jit(training.step, donate_argnums=0)
+    try:
+        state = fit(
+            lambda state, batch: step(state, pretrained.params, batch),
+            state,
+            prefetch(loader, mesh),
+            until=config.train.examples,
+            hooks=hooks,
+        )
+    finally:
+        loader.close()
+    append_record(workdir / "record.jsonl", record(config, workdir, state, flops))
+
+
+def claim(config: RunConfig, workdir: Path) -> None:
+    """Writes the config beside the checkpoints, if what is there already allows it.
+
+    Raises:
+      ValueError: the directory holds another run; the sentence says in which settings.
+    """
+    path, text = workdir / CONFIG_FILE, to_json(config)
+    if path.exists():
+        differences = [
+            str(difference)
+            for difference in config_difference(path.read_text(), text)
+            if not any(fnmatch.fnmatch(difference.path, pattern) for pattern in MAY_CHANGE)
+        ]
+        if differences:
+            raise ValueError(
+                f"{workdir} holds another run: {'; '.join(differences)}. Give the values it was begun with, or another "
+                f"--workdir (only {', '.join(MAY_CHANGE)} may change)"
+            )
+    workdir.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, text.encode())
+
+
+def begin(training: build.Training, checkpoints: Checkpoints) -> State:
+    """The newest sound checkpoint, or a fresh state where there is no checkpoint at all."""
+    if checkpoints.latest() is None:
+        return training.init()
+    state = checkpoints.restore(training.abstract)
+    logging.info("Continuing after %d examples.", int(state.examples))
+    return state
+
+
+class Evaluate(Hook):
+    """Samples of fixed prompts, their scores and the validation loss, into the journal and the metrics."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        workdir: Path,
+        network: Functional,
+        pretrained: build.Pretrained,
+        mesh: jax.sharding.Mesh,
+        metrics: Metrics,
+    ) -> None:
+        self._prompts: Prompts = read_prompts(config.eval.prompts)
+        self._evaluator = build.make_evaluator(config, self._prompts, network, pretrained, mesh)
+        self._validate = build.make_validation(config, workdir, network, pretrained)
+        self._journal = Journal(workdir, config.eval.shown)
+        self._journal.prompts(self._prompts)
+        self._config, self._frozen, self._metrics = config, pretrained.params, metrics
+
+    def __call__(self, tick: Tick) -> None:
+        weights = self._config.eval.weights
+        self._write(
+            tick.examples, weights, tick.state.ema if weights == "ema" else tick.state.params
+        )
+
+    def untrained(self, state: State) -> None:
+        """Scores what training starts from, and the true images where the prompts have them."""
+        references = {"untrained": self._write(0, "raw", state.params)}
+        if self._prompts.scenes:
+            pixels = np.stack([render(scene) for scene in self._prompts.scenes])
+            truth = pixels.astype(np.float32) / 127.5 - 1
+            references["true renders"] = self._evaluator.score(truth, self._frozen)
+            self._journal.picture("samples/true.png", truth)
+        self._journal.references(references)
+
+    def close(self) -> None:
+        """Every evaluation is written when it is made."""
+
+    def _write(self, examples: int, weights: str, params: Params) -> dict[str, Estimate]:
+        evaluation = self._evaluator(params, self._frozen, self._config.sampling.guidance)
+        losses = self._validate(params, self._frozen)
+        self._journal.add(examples, weights, evaluation, losses)
+        scalars = {name: score.value for name, score in evaluation.scores.items()}
+        scalars |= {f"validation_loss/{level}": loss for level, loss in losses.items()}
+        self._metrics.write(examples, scalars)
+        self._metrics.write_images(examples, {"samples": evaluation.images[:8]})
+        shown = ("clip_score", "faithfulness")
+        text = ", ".join(f"{name} {scalars[name]:.3f}" for name in shown if name in scalars)
+        logging.info("%d examples: %s", examples, text)
+        return evaluation.scores
+
+
+def flops_per_example(training: build.Training, frozen: Params, batch: Batch) -> float:
+    """Floating-point operations of the products in one training step, by example."""
+    return traced_flops(training.step, training.abstract, frozen, batch) / len(batch.weight)
+
+
+def record(config: RunConfig, workdir: Path, state: State, flops: float) -> RunRecord:
+    """What the finished run was, what it cost and what came of it, from what it wrote."""
+    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    steps = [row for row in rows if "examples_per_second" in row]
+    begun = [0, *(row["examples"] for row in steps)]
+    seconds = sum(
+        (row["examples"] - before) / row["examples_per_second"]
+        for before, row in zip(begun, steps, strict=False)
+    )
+    last = json.loads((workdir / "evaluations.jsonl").read_text().splitlines()[-1])
+    return RunRecord(
+        study="",
+        config=json.loads(to_json(config)),
+        commit=commit(),
+        chips=f"{jax.devices()[0].device_kind} x {jax.device_count()}",
+        seed=config.seed,
+        params=sum(leaf.size for leaf in jax.tree.leaves(state.params)),
+        flops=flops * int(state.examples),
+        examples=int(state.examples),
+        seconds=seconds,
+        losses={"train": steps[-1]["loss"], **last["validation"]},
+        scores={name: Estimate(*score) for name, score in last["scores"].items()},
+    )
+
+
+def commit() -> str:
+    """The commit that the package is run from; empty where it is no checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+
+
+if __name__ == "__main__":
+    run_command(main, RunConfig, description=__doc__)

@@ -1,0 +1,331 @@
+"""What looks on while a run trains: progress, metrics, a guard, a profiler, and what saves it.
+
+Scalars are fetched when their step is surely over, so that no hook makes the devices wait; only
+what needs the newest state, such as a save, does. In a run of several processes the hooks that
+write for people (`Progress`, `Metrics`, `Profiler`) belong to the first, the others to all.
+"""
+
+import collections
+import contextlib
+import json
+import logging
+import math
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TextIO
+
+import jax
+import numpy as np
+from etils import epath
+from jax.experimental import multihost_utils
+
+from ldm_jax.parallel.mesh import peak_flops
+from ldm_jax.parallel.rules import leaf_name
+from ldm_jax.training.checkpoints import Checkpoints
+from ldm_jax.training.loop import AHEAD, Hook, Tick, TrainingError
+from ldm_jax.types import Batch, Images
+
+_log = logging.getLogger(__name__)
+
+
+class Late:
+    """Gives steps back, with their scalars as floats, once they are surely over.
+
+    The loop lets at most `AHEAD` steps run, so that what is older may be fetched without waiting.
+    """
+
+    def __init__(self) -> None:
+        self._waiting: collections.deque[Tick] = collections.deque()
+
+    def push(self, tick: Tick) -> list[Tick]:
+        """Takes a step in and gives back those that are over; after the last step, all."""
+        self._waiting.append(tick._replace(state=None))
+        return self.flush(leave=0 if tick.last else AHEAD)
+
+    def flush(self, leave: int = 0) -> list[Tick]:
+        """Gives all but the newest `leave` steps back, and waits for those that still run."""
+        over = []
+        while len(self._waiting) > leave:
+            tick = self._waiting.popleft()
+            values = jax.device_get(tick.scalars)
+            over.append(tick._replace(scalars={k: float(v) for k, v in values.items()}))
+        return over
+
+
+class Guard(Hook):
+    """Stops a run when a scalar is not finite or the loss explodes, and saves the batch.
+
+    An explosion is a loss over `factor` times the median of the last `window` ones; a quarter of a
+    window must be seen before one is judged. `last_good` tells which checkpoint there is, e.g.
+    `Checkpoints.latest`; the batch goes to `directory`.
+
+    Raises:
+      TrainingError: with the step, the last good checkpoint and the path of the batch.
+    """
+
+    def __init__(
+        self,
+        directory: epath.PathLike,
+        last_good: Callable[[], int | None],
+        *,
+        factor: float = 10.0,
+        window: int = 128,
+    ) -> None:
+        self._directory, self._last_good = epath.Path(directory), last_good
+        self._factor, self._least = factor, window // 4
+        self._losses: collections.deque[float] = collections.deque(maxlen=window)
+        self._late = Late()
+
+    def __call__(self, tick: Tick) -> None:
+        self._judge(self._late.push(tick))
+
+    def settle(self) -> None:
+        """Waits for the steps that still run and judges them: to be asked before a save."""
+        self._judge(self._late.flush())
+
+    def _judge(self, ticks: Sequence[Tick]) -> None:
+        for tick in ticks:
+            if fault := self._fault(tick.scalars):
+                self._stop(tick, fault)
+            self._losses.append(tick.scalars["loss"])
+
+    def _fault(self, scalars: dict[str, float]) -> str | None:
+        for name, value in scalars.items():
+            if not math.isfinite(value):
+                return f"{name} became {value}"
+        if len(self._losses) >= max(1, self._least):
+            usual = statistics.median(self._losses)
+            if scalars["loss"] > self._factor * usual:
+                return f"the loss rose to {scalars['loss']:.4g} from a median of {usual:.4g}"
+        return None
+
+    def _stop(self, tick: Tick, fault: str) -> None:
+        path = self._directory / f"bad_batch_{tick.examples}.npz"
+        _save_batch(path, tick.batch)
+        good = self._last_good()
+        last = "there is no checkpoint yet" if good is None else f"of {good} examples"
+        raise TrainingError(
+            f"Training stopped because {fault} at step {tick.step}, after {tick.examples} "
+            f"examples; last good checkpoint: {last}; the batch is saved as {path}."
+        )
+
+
+class Metrics(Hook):
+    """Writes the mean of every scalar over each period, as a line of JSON and to TensorBoard.
+
+    `directory/metrics.jsonl` has one object a line, with the examples seen. Lines beyond `since`,
+    the examples seen when this run starts, are left from a run that got further than its last
+    checkpoint, and are dropped, as they will be written again. `board` is a clu `MetricWriter`,
+    e.g. of `tensorboard`; its steps are examples.
+    """
+
+    def __init__(self, directory: epath.PathLike, period: int, board: Any, since: int = 0) -> None:
+        self._path, self._period, self._board = epath.Path(directory), period, board
+        self._path.mkdir(parents=True, exist_ok=True)
+        self._path /= "metrics.jsonl"
+        self._path.write_text("".join(_lines_until(self._path, since)))
+        self._late = Late()
+        self._sums: collections.Counter[str] = collections.Counter()
+        self._steps = 0
+        self._mark: tuple[float, int] | None = None
+
+    def __call__(self, tick: Tick) -> None:
+        if self._mark is None:
+            self._mark = time.monotonic(), tick.examples
+            self._overview(tick)
+        self._add(self._late.push(tick))
+
+    def settle(self) -> None:
+        """Writes what is due of the steps that still run: to be asked before a save."""
+        self._add(self._late.flush())
+
+    def write(self, examples: int, scalars: dict[str, float]) -> None:
+        """Writes scalars of any other origin, such as scores."""
+        with self._path.open("a") as file:
+            file.write(json.dumps({"examples": examples, **scalars}) + "\n")
+        self._board.write_scalars(examples, scalars)
+
+    def write_images(self, examples: int, images: dict[str, Images]) -> None:
+        """Shows images in [-1, 1] on the board."""
+        shown = {name: np.clip(np.asarray(x) * 0.5 + 0.5, 0.0, 1.0) for name, x in images.items()}
+        self._board.write_images(examples, shown)
+
+    def close(self) -> None:
+        self._board.close()
+
+    def _add(self, ticks: Sequence[Tick]) -> None:
+        for tick in ticks:
+            self._sums.update(tick.scalars)
+            self._steps += 1
+            if tick.ends(self._period):
+                means = {name: total / self._steps for name, total in self._sums.items()}
+                self.write(tick.examples, {"step": tick.step, **means, **self._speed(tick)})
+                self._board.flush()
+                self._sums.clear()
+                self._steps = 0
+
+    def _speed(self, tick: Tick) -> dict[str, float]:
+        """Counts from the end of the first step, and so leaves its compilation out."""
+        (then, before), self._mark = self._mark, (time.monotonic(), tick.examples)
+        seen = tick.examples - before
+        return {"examples_per_second": seen / (self._mark[0] - then)} if seen > 0 else {}
+
+    def _overview(self, tick: Tick) -> None:
+        from clu import parameter_overview
+
+        table = parameter_overview.get_parameter_overview(tick.state.params, include_stats=False)
+        _log.info("Parameters:\n%s", table)
+        self._board.write_texts(tick.examples, {"parameters": f"```\n{table}\n```"})
+
+
+def tensorboard(directory: epath.PathLike) -> Any:
+    """A clu writer of TensorBoard files. It imports tensorflow: seconds, and 600 MB of memory."""
+    from clu import metric_writers
+
+    return metric_writers.SummaryWriter(str(directory))
+
+
+class Progress(Hook):
+    """One line on how far the run is: in place on a terminal, now and then a new one elsewhere.
+
+    With `flops_per_example`, of a whole training step, it shows the share of the peak that is used,
+    where the peak of the devices is known.
+    """
+
+    def __init__(
+        self,
+        total: int,
+        flops_per_example: float | None = None,
+        stream: TextIO | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._total, self._stream, self._clock = total, stream or sys.stderr, clock
+        self._in_place = self._stream.isatty()
+        self._pause = 0.5 if self._in_place else 30.0
+        peak = (peak_flops(jax.devices()[0].device_kind) or 0.0) * jax.device_count()
+        self._share = flops_per_example / peak if flops_per_example and peak else None
+        self._losses: collections.deque[float] = collections.deque(maxlen=64)
+        self._marks: collections.deque[tuple[float, int]] = collections.deque(maxlen=32)
+        self._late = Late()
+
+    def __call__(self, tick: Tick) -> None:
+        self._losses.extend(over.scalars["loss"] for over in self._late.push(tick))
+        now = self._clock()
+        if not self._marks or tick.last or now - self._marks[-1][0] >= self._pause:
+            self._marks.append((now, tick.examples))
+            self._print(tick)
+
+    def close(self) -> None:
+        if self._in_place and self._marks:
+            print(file=self._stream)
+
+    def _print(self, tick: Tick) -> None:
+        parts = [f"{tick.examples / self._total:4.0%}  {tick.examples}/{self._total} examples"]
+        if self._losses:
+            parts.append(f"loss {statistics.fmean(self._losses):.4f}")
+        parts += self._pace(tick)
+        start, end = ("\r\x1b[K", "") if self._in_place else ("", "\n")
+        print(start + "  ".join(parts), end=end, file=self._stream, flush=True)
+
+    def _pace(self, tick: Tick) -> Iterator[str]:
+        (then, before), (now, _) = self._marks[0], self._marks[-1]
+        if now == then:
+            return
+        rate = (tick.examples - before) / (now - then)
+        yield f"{rate:.1f} examples/s"
+        if self._share is not None:
+            yield f"MFU {rate * self._share:.1%}"
+        yield f"{duration(max(0, self._total - tick.examples) / rate)} left"
+
+
+class Profiler(Hook):
+    """Traces the steps between two counts of examples into `directory`, for TensorBoard."""
+
+    def __init__(self, directory: epath.PathLike, start: int, stop: int) -> None:
+        if not 0 <= start < stop:
+            raise ValueError(f"A profile goes from fewer examples to more, got {start} to {stop}.")
+        self._directory, self._start, self._stop = directory, start, stop
+        self._tracing = False
+
+    def __call__(self, tick: Tick) -> None:
+        if self._tracing and (tick.examples >= self._stop or tick.last):
+            jax.block_until_ready(tick.scalars)
+            self.close()
+        elif not self._tracing and tick.before <= self._start < tick.examples and not tick.last:
+            jax.profiler.start_trace(str(self._directory))
+            self._tracing = True
+
+    def close(self) -> None:
+        if self._tracing:
+            self._tracing = False
+            jax.profiler.stop_trace()
+
+
+class Save(Hook):
+    """Saves the state at the end of every period of examples, and waits for the last save.
+
+    `settle` are asked first, such as `guard.settle` and `metrics.settle`: no state is saved that
+    the guard would refuse, and no checkpoint is ahead of the metrics. Training goes on after a save
+    that failed, unless it was the last; this hook comes after those whose work must not be lost.
+    """
+
+    def __init__(
+        self, checkpoints: Checkpoints, period: int, settle: Sequence[Callable[[], None]] = ()
+    ) -> None:
+        self._checkpoints, self._period, self._settle = checkpoints, period, settle
+
+    def __call__(self, tick: Tick) -> None:
+        if not tick.ends(self._period):
+            return
+        for settle in self._settle:
+            settle()
+        with _told():
+            self._checkpoints.wait()
+        with contextlib.nullcontext() if tick.last else _told():
+            self._checkpoints.save(tick.state)
+        if tick.last:
+            self._checkpoints.wait()
+
+    def close(self) -> None:
+        with _told():
+            self._checkpoints.wait()
+
+
+@contextlib.contextmanager
+def _told() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        _log.error("%s Training goes on without it.", error)
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people say them: `2 h 05 min`, `3 min 20 s`, `8 s`."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes:02d} min"
+    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
+
+
+def _save_batch(path: epath.Path, batch: Batch) -> None:
+    """Writes the whole batch, of all processes, with a name for each array."""
+    leaves = jax.tree_util.tree_leaves_with_path(batch)
+    arrays = {
+        leaf_name(name): multihost_utils.process_allgather(leaf, tiled=True)
+        for name, leaf in leaves
+    }
+    if jax.process_index() == 0:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("wb") as file:
+            np.savez(file, **arrays)
+
+
+def _lines_until(path: epath.Path, examples: int) -> Iterator[str]:
+    """The lines of at most so many examples; a killed run may have left half a line at the end."""
+    for line in path.read_text().splitlines(keepends=True) if path.exists() else ():
+        with contextlib.suppress(ValueError):
+            if json.loads(line)["examples"] <= examples and line.endswith("\n"):
+                yield line

@@ -1,0 +1,117 @@
+"""The training loop: what happens between two steps, on the host."""
+
+import collections
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import NamedTuple, Protocol, runtime_checkable
+
+import jax
+from jax.sharding import Mesh
+
+from ldm_jax.parallel.mesh import put_batch
+from ldm_jax.training.state import State
+from ldm_jax.training.step import Scalars
+from ldm_jax.types import Batch
+
+# The host is at most this many steps before the devices: enough for them never to be idle.
+AHEAD = 2
+
+
+class TrainingError(FloatingPointError):
+    """A run that must not go on; the message is one sentence for its owner."""
+
+
+class Tick(NamedTuple):
+    """What hooks are shown after each step.
+
+    `before` and `examples` were seen before and after it, and `last` says that training is over.
+    `scalars` and `state` are still being computed: reading them waits. The next step takes the
+    buffers of the state, so a hook must not keep it.
+    """
+
+    step: int
+    before: int
+    examples: int
+    last: bool
+    state: State | None
+    scalars: Scalars | dict[str, float]
+    batch: Batch
+
+    def ends(self, period: int) -> bool:
+        """Whether this is the last step or the first to reach a multiple of `period` examples.
+
+        This hangs on the examples alone, so that a run that was resumed does the same as one that
+        was not.
+        """
+        return self.last or self.examples // period > self.before // period
+
+
+@runtime_checkable
+class Hook(Protocol):
+    """Something that looks on. Hooks run in order after each step; an exception stops the run."""
+
+    def __call__(self, tick: Tick) -> None: ...
+
+    def close(self) -> None:
+        """Called once at the end of `fit`, after an exception too."""
+
+
+class Every(Hook):
+    """Calls a hook on the steps at which a period of so many examples ends."""
+
+    def __init__(self, period: int, hook: Hook) -> None:
+        self.period, self.hook = period, hook
+
+    def __call__(self, tick: Tick) -> None:
+        if tick.ends(self.period):
+            self.hook(tick)
+
+    def close(self) -> None:
+        self.hook.close()
+
+
+def fit(
+    step: Callable[[State, Batch], tuple[State, Scalars]],
+    state: State,
+    batches: Iterable[Batch],
+    *,
+    until: int,
+    hooks: Sequence[Hook] = (),
+) -> State:
+    """Trains until at least `until` examples are seen, from wherever the state stands.
+
+    `batches` must begin at the position `state.examples`; `prefetch` brings them to the devices in
+    time. The host waits for a step only to stay at most `AHEAD` steps before the devices.
+
+    Raises:
+      ValueError: the batches end before `until`.
+    """
+    number, examples = int(state.step), int(state.examples)
+    running: collections.deque[Scalars] = collections.deque()
+    source = iter(batches)
+    with contextlib.ExitStack() as closing:
+        for hook in reversed(hooks):
+            closing.callback(hook.close)
+        while examples < until:
+            batch = next(source, None)
+            if batch is None:
+                raise ValueError(f"The batches ended after {examples} of {until} examples.")
+            state, scalars = step(state, batch)
+            number, before, examples = number + 1, examples, examples + len(batch.weight)
+            running.append(scalars)
+            if len(running) > AHEAD:
+                jax.block_until_ready(running.popleft())
+            tick = Tick(number, before, examples, examples >= until, state, scalars, batch)
+            for hook in hooks:
+                hook(tick)
+    return state
+
+
+def prefetch(batches: Iterable[Batch], mesh: Mesh, ahead: int = 1) -> Iterator[Batch]:
+    """Sends batches of host arrays to the mesh, each `ahead` steps before it is asked for."""
+    waiting: collections.deque[Batch] = collections.deque()
+    for batch in batches:
+        waiting.append(put_batch(batch, mesh))
+        if len(waiting) > ahead:
+            yield waiting.popleft()
+    yield from waiting

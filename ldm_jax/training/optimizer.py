@@ -1,0 +1,99 @@
+"""AdamW with warm-up and clipping; its clock counts examples."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float
+
+from ldm_jax.parallel.rules import leaf_name
+
+
+def _constant(progress: Float[Array, ""]) -> Float[Array, ""]:
+    return jnp.ones_like(progress)
+
+
+def _cosine(progress: Float[Array, ""]) -> Float[Array, ""]:
+    return 0.5 * (1.0 + jnp.cos(jnp.pi * jnp.clip(progress, 0.0, 1.0)))
+
+
+SCHEDULES: dict[str, Callable[[Float[Array, ""]], Float[Array, ""]]] = {
+    "constant": _constant,
+    "cosine": _cosine,
+}
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW (Loshchilov & Hutter 2019) after clipping the gradient to the norm `clip_norm`.
+
+    The rate rises linearly over the first `warmup_examples` and then follows `schedule`: "constant"
+    does not know how long the run is, so that a run may be extended; "cosine" falls to zero at its
+    end. Weight decay leaves biases, scales and whatever else has fewer than two dimensions alone.
+    `clip_norm` of inf does not clip.
+    """
+
+    learning_rate: float = 1e-4
+    warmup_examples: int = 0
+    schedule: str = "constant"
+    b1: float = 0.9
+    b2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 0.01
+    clip_norm: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.schedule not in SCHEDULES:
+            raise ValueError(f"schedule is {self.schedule!r}, allowed are {sorted(SCHEDULES)}.")
+        if not self.clip_norm > 0 or self.warmup_examples < 0 or not self.learning_rate >= 0:
+            raise ValueError(
+                "clip_norm must be positive, warmup_examples and learning_rate not negative, got "
+                f"{self.clip_norm}, {self.warmup_examples} and {self.learning_rate}."
+            )
+
+
+def make_optimizer(
+    config: OptimizerConfig, *, batch_size: int, examples: int
+) -> optax.GradientTransformation:
+    """The optimiser of a run over `examples` in batches of `batch_size`."""
+    return optax.chain(
+        optax.clip_by_global_norm(config.clip_norm),
+        optax.adamw(
+            learning_rate(config, batch_size=batch_size, examples=examples),
+            b1=config.b1,
+            b2=config.b2,
+            eps=config.eps,
+            weight_decay=config.weight_decay,
+            mask=decayed,
+        ),
+    )
+
+
+def learning_rate(config: OptimizerConfig, *, batch_size: int, examples: int) -> optax.Schedule:
+    """The rate as a function of the number of updates made, which optax counts.
+
+    An update is placed at the examples seen after it, so that the first one of a warm-up is not
+    wasted on a rate of zero.
+    """
+    # All in floats: a long run of large batches would overflow int32.
+    warmup = float(config.warmup_examples)
+    decay = max(1.0, examples - warmup)
+
+    def rate(count: Any) -> Float[Array, ""]:
+        seen = (jnp.asarray(count, jnp.float32) + 1.0) * batch_size
+        rise = jnp.minimum(1.0, seen / warmup) if warmup else 1.0
+        return config.learning_rate * rise * SCHEDULES[config.schedule]((seen - warmup) / decay)
+
+    return rate
+
+
+def decayed(params: Any) -> Any:
+    """Which leaves are decayed; by name as well, since stacked blocks have matrices of biases."""
+
+    def is_weight(path: tuple[Any, ...], leaf: Any) -> bool:
+        return leaf.ndim > 1 and leaf_name(path[-1:]) not in ("bias", "scale")
+
+    return jax.tree_util.tree_map_with_path(is_weight, params)

@@ -1,0 +1,14 @@
+"""One setting for all tests: eight CPU devices, strict rank promotion, a compile cache between runs."""
+
+import os
+from pathlib import Path
+
+# Read by XLA and JAX when they are imported, and inherited by the processes that tests start.
+_CACHE = Path(__file__).parent.parent / ".pytest_cache" / "jax"
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("JAX_NUMPY_RANK_PROMOTION", "raise")
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_CACHE))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+if "device_count" not in os.environ.get("XLA_FLAGS", ""):
+    _FLAGS = os.environ.get("XLA_FLAGS", "")
+    os.environ["XLA_FLAGS"] = f"{_FLAGS} --xla_force_host_platform_device_count=8".strip()

@@ -1,0 +1,160 @@
+"""A folder of images gives every image with the caption that stands beside it or in a metadata file."""
+
+import json
+import os
+
+import pytest
+from PIL import Image
+
+from ldm_jax.data import Skip, open_source
+from ldm_jax.data.captions import check_captions
+from ldm_jax.data.folder import Folder
+
+
+def put(path, data=b""):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix in (".png", ".JPG", ".jpg", ".webp"):
+        Image.new("RGB", (16, 16)).save(path)
+    else:
+        path.write_bytes(data if isinstance(data, bytes) else data.encode())
+
+
+def captions(folder):
+    source = open_source(f"folder:{folder}")
+    return {item.key: item.captions for item in (source[i] for i in range(len(source)))}
+
+
+def test_text_files_beside_images_are_their_captions(tmp_path):
+    for name, text in {"b": "a cat\n", "a": "un café", "deep/down/c": "two\nlines"}.items():
+        put(tmp_path / f"{name}.jpg")
+        put(tmp_path / f"{name}.txt", text)
+    assert captions(tmp_path) == {
+        "a.jpg": ("un café",),
+        "b.jpg": ("a cat\n",),
+        "deep/down/c.jpg": ("two\nlines",),
+    }
+
+
+def test_items_are_in_the_order_of_their_names_whatever_the_disk_says(tmp_path):
+    for name in ("z.png", "k/a.png", "a.JPG", "m.webp"):
+        put(tmp_path / name)
+    assert list(captions(tmp_path)) == ["a.JPG", "k/a.png", "m.webp", "z.png"]
+
+
+def test_the_image_is_the_file_as_it_is(tmp_path):
+    put(tmp_path / "a.png")
+    assert Folder(str(tmp_path))[0].image == (tmp_path / "a.png").read_bytes()
+
+
+def test_what_is_no_image_or_hidden_is_left_out(tmp_path):
+    for name in ("a.png", "._a.png", "notes.md", "b.png.part", ".DS_Store"):
+        put(tmp_path / name)
+    assert list(captions(tmp_path)) == ["a.png"]
+
+
+def test_a_jsonl_of_metadata_gives_captions_and_alternatives(tmp_path):
+    for name in ("a.png", "in/b.png", "c.png"):
+        put(tmp_path / name)
+    put(tmp_path / "c.txt", "from a text file")
+    rows = [
+        {"file_name": "a.png", "text": "one", "height": 16},
+        {"file_name": "in/b.png", "text": ["main", "other", "third"]},
+    ]
+    put(tmp_path / "metadata.jsonl", "\n".join(map(json.dumps, rows)) + "\n\n")
+    assert captions(tmp_path) == {
+        "a.png": ("one",),
+        "in/b.png": ("main", "other", "third"),
+        "c.png": ("from a text file",),
+    }
+
+
+def test_a_csv_of_metadata_names_files_below_its_own_folder(tmp_path):
+    put(tmp_path / "train/x.png")
+    put(tmp_path / "train/metadata.csv", 'text,file_name\n"a dog, running",x.png\n')
+    assert captions(tmp_path) == {"train/x.png": ("a dog, running",)}
+
+
+def test_the_column_of_captions_is_an_option(tmp_path):
+    put(tmp_path / "x.png")
+    put(tmp_path / "metadata.csv", "file_name,alt\nx.png,a tree\n")
+    assert open_source(f"folder:{tmp_path}?caption=alt")[0].captions == ("a tree",)
+    with pytest.raises(ValueError, match=r"metadata\.csv:2 has no 'text'; it has .*'alt'"):
+        open_source(f"folder:{tmp_path}")
+
+
+def test_broken_metadata_is_refused_with_its_line(tmp_path):
+    put(tmp_path / "x.png")
+    put(tmp_path / "metadata.jsonl", '{"file_name": "x.png", "text": "a"}\n{"file_name": \n')
+    with pytest.raises(ValueError, match=r"metadata\.jsonl:2 is no JSON"):
+        open_source(f"folder:{tmp_path}")
+
+
+def test_a_listed_file_that_is_missing_is_skipped_by_name(tmp_path):
+    put(tmp_path / "x.png")
+    put(tmp_path / "metadata.jsonl", '{"file_name": "gone.png", "text": "a"}\n')
+    source = Folder(str(tmp_path))
+    with pytest.raises(Skip, match="file cannot be read: No such file") as skip:
+        source[0]
+    assert skip.value.key == "gone.png"
+
+
+@pytest.mark.parametrize(
+    ("caption", "reason"),
+    [
+        (None, "no caption"),
+        (b"", "empty caption"),
+        (b"x" * 10_000, "caption longer than 4000 characters"),
+        (b"caf\xe9", "caption is not UTF-8"),
+    ],
+)
+def test_a_bad_caption_is_found_out(tmp_path, caption, reason):
+    put(tmp_path / "x.png")
+    if caption is not None:
+        put(tmp_path / "x.txt", caption)
+    with pytest.raises(Skip, match=f"^{reason}$"):
+        check_captions(Folder(str(tmp_path))[0].captions)
+
+
+@pytest.mark.parametrize("name", ["metadata.jsonl", "metadata.csv"])
+def test_metadata_that_is_not_utf_8_spoils_only_its_own_row(tmp_path, name):
+    put(tmp_path / "x.png")
+    put(tmp_path / "y.png")
+    rows = {
+        "metadata.jsonl": b'{"file_name": "x.png", "text": "\xff"}\n{"file_name": "y.png", "text": "y"}',
+        "metadata.csv": b"file_name,text\nx.png,\xff\ny.png,y\n",
+    }
+    put(tmp_path / name, rows[name])
+    found = captions(tmp_path)
+    assert check_captions(found["y.png"]) == ("y",)
+    with pytest.raises(Skip, match="not UTF-8"):
+        check_captions(found["x.png"])
+
+
+@pytest.mark.parametrize("text", ["null", "[]"])
+def test_metadata_without_a_caption_is_no_caption(tmp_path, text):
+    put(tmp_path / "x.png")
+    put(tmp_path / "metadata.jsonl", f'{{"file_name": "x.png", "text": {text}}}')
+    assert captions(tmp_path) == {"x.png": ()}
+
+
+def test_the_identity_changes_with_the_files_and_only_then(tmp_path):
+    put(tmp_path / "a.png")
+    put(tmp_path / "a.txt", "one")
+    identities = [Folder(str(tmp_path)).identity]
+    os.utime(tmp_path / "a.png", (0, 0))
+    assert Folder(str(tmp_path)).identity == identities[0]
+    put(tmp_path / "b.png")
+    identities.append(Folder(str(tmp_path)).identity)
+    put(tmp_path / "a.txt", "more")
+    identities.append(Folder(str(tmp_path)).identity)
+    for text in ("one", "two"):
+        put(tmp_path / "metadata.csv", f"file_name,text\na.png,{text}\n")
+        identities.append(Folder(str(tmp_path)).identity)
+    assert len(set(identities)) == len(identities)
+
+
+def test_no_folder_and_no_images_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="there is no folder"):
+        open_source(f"folder:{tmp_path}/none")
+    with pytest.raises(ValueError, match=r"holds no image \(\.jpg"):
+        open_source(f"folder:{tmp_path}")

@@ -1,0 +1,113 @@
+"""The evaluator with a model whose images are known: what a prompt's number and noise make of it."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ldm_jax.diffusion import DDIM, DDPM, RectifiedFlow, grid, velocity
+from ldm_jax.diffusion.grids import Even
+from ldm_jax.evals.evaluator import Evaluator, Scorer
+from ldm_jax.evals.generation import make_generate
+from ldm_jax.evals.image_grids import image_grid, to_uint8
+from ldm_jax.evals.prompts import HELD_OUT, SEEN, read_prompts
+from ldm_jax.parallel import MeshConfig, make_mesh
+from ldm_jax.types import Cond, Estimate
+
+COUNT = 13  # no batch divides it
+
+
+class Sums:
+    """A metric that is easy to check: sums of the images, with the prompt's first token."""
+
+    def features(self, params, images, tokens):
+        return {"sum": params * images.sum((1, 2, 3)), "token": tokens[:, 0]}
+
+    def result(self, features, reference):
+        assert list(features["token"]) == list(reference)
+        return {"sum": Estimate(float(features["sum"].mean()), 0.0, 0.0, len(features["sum"]))}
+
+
+def apply(params, x, told, context):
+    """A network that leans towards its prompt's first token."""
+    return x - params * context.tokens[:, :1, :1, None] * jnp.ones_like(x)
+
+
+def generate(sampler=DDIM()):
+    return make_generate(
+        apply,
+        lambda params, cond: cond,
+        lambda frozen, tokens: Cond(tokens[:, :, None] / 10.0),
+        lambda frozen, latents: jnp.tile(latents[..., :1], (1, 1, 1, 3)),
+        prediction=velocity,
+        grid=grid(RectifiedFlow(), Even(), 4),
+        sampler=sampler,
+        shape=(2, 2, 4),
+    )
+
+
+def evaluator(batch: int, devices: int, sampler=DDIM()) -> Evaluator:
+    tokens = np.stack([np.arange(COUNT), np.ones(COUNT)], 1).astype(np.int32)
+    return Evaluator(
+        generate(sampler),
+        {"sum": Scorer(Sums(), "scale", tokens, np.arange(COUNT))},
+        tokens=tokens,
+        empty=np.zeros((1, 2), np.int32),
+        key=jax.random.key(3),
+        mesh=make_mesh(MeshConfig(), jax.devices()[:devices]),
+        batch=batch,
+    )
+
+
+FROZEN = {"scale": jnp.float32(2.0)}
+
+
+@pytest.mark.parametrize("sampler", [DDIM(), DDPM()], ids=["ddim", "ddpm"])
+@pytest.mark.parametrize(("batch", "devices"), [(4, 2), (8, 8), (16, 4)])
+def test_images_and_scores_depend_neither_on_the_batch_nor_on_the_devices(batch, devices, sampler):
+    one = evaluator(1, 1, sampler)(jnp.float32(0.5), FROZEN, 3.0)
+    other = evaluator(batch, devices, sampler)(jnp.float32(0.5), FROZEN, 3.0)
+    np.testing.assert_allclose(other.images, one.images, atol=1e-6)
+    assert other.scores["sum"].value == pytest.approx(one.scores["sum"].value, abs=1e-5)
+    assert other.scores["sum"].count == COUNT
+
+
+def test_scores_of_given_images_are_those_of_the_same_images_drawn():
+    evaluate = evaluator(8, 4)
+    drawn = evaluate(jnp.float32(0.5), FROZEN, 3.0)
+    scores = evaluate.score(drawn.images, FROZEN)
+    assert scores["sum"].value == pytest.approx(drawn.scores["sum"].value, abs=1e-5)
+
+
+def test_another_guidance_compiles_nothing_and_changes_the_images():
+    evaluate = evaluator(8, 1)
+    first = evaluate(jnp.float32(0.5), FROZEN, 1.0)
+    second = evaluate(jnp.float32(0.5), FROZEN, 4.0)
+    assert evaluate._run._cache_size() == 1
+    assert np.abs(first.images - second.images).max() > 0.1
+
+
+def test_prompts_of_scenes_are_half_seen_and_half_held_out():
+    prompts = read_prompts("scenes:full?count=40")
+    assert prompts.groups == (SEEN, HELD_OUT) * 20
+    for group, scene in zip(prompts.groups, prompts.scenes, strict=True):
+        assert any(thing.held_out for thing in scene.things) == (group == HELD_OUT)
+
+
+def test_prompts_of_a_file_are_its_lines(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_text("a red circle\n\n  a café \n", encoding="utf-8")
+    assert read_prompts(f"file:{path}").texts == ("a red circle", "a café")
+    path.write_text("\n")
+    with pytest.raises(ValueError, match="holds no prompt"):
+        read_prompts(f"file:{path}")
+    with pytest.raises(ValueError, match="allowed are scenes"):
+        read_prompts("prompts.txt")
+
+
+def test_a_grid_holds_every_image_in_reading_order_on_white():
+    images = np.stack([np.full((4, 5, 3), value, np.float32) for value in (-1.0, 0.0, 1.5)])
+    grid = image_grid(images, columns=2, gap=1)
+    assert grid.shape == (2 * 5 + 1, 2 * 6 + 1, 3)
+    assert [grid[2, 2, 0], grid[2, 8, 0], grid[7, 2, 0], grid[7, 8, 0]] == [0, 128, 255, 255]
+    np.testing.assert_array_equal(to_uint8(images)[:, 0, 0, 0], [0, 128, 255])

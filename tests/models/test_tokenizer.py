@@ -1,0 +1,210 @@
+import json
+import pickle
+import shutil
+import subprocess
+import sys
+import warnings
+
+import numpy as np
+import pytest
+
+from ldm_jax.models.tokenizer import BOS, EOS, NUM_BASE, Tokenizer, train_tokenizer
+
+TEXT = """
+a red green blue small large circle square triangle left right above below the of is striped dotted
+background white yellow purple tiny huge next to it's we'll 42 café naïve Ünï
+"""
+WORDS = TEXT.split()
+ODD = [
+    "",
+    "   ",
+    "A RED Circle!!",
+    "it's 42's we'll they'd",
+    "日本語 のテスト",
+    "🙂 emoji👍🏽",
+    "cafe\u0301 café",
+    "x" * 300,
+    " ".join(WORDS),
+    "tab\tnew\nline\u00a0nbsp\u3000wide",
+    "<|endoftext|> inside",
+    "<|ENDOFTEXT|> upper",
+    "a<|startoftext|>b",
+    "İstanbul ß ﬁ",
+    "!wow! !!",
+    "\u0000\u0001 control",
+    "— “quotes” …",
+    "1234567890 3.14",
+    "'s't",
+    "a\u200bb",
+    "</w> <pad> #version: 0.2",
+]
+
+
+def captions():
+    rng = np.random.default_rng(0)
+    return [" ".join(rng.choice(WORDS, 8)) for _ in range(300)]
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    path = tmp_path_factory.mktemp("tokenizer")
+    train_tokenizer(captions(), 600, 16, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def tokenizer(directory):
+    return Tokenizer.from_directory(directory)
+
+
+def copied(directory, tmp_path, **special):
+    """The directory without tokenizer.json, as Stable Diffusion has it, and with other special tokens."""
+    path = tmp_path / "copy"
+    shutil.copytree(directory, path)
+    (path / "tokenizer.json").unlink()
+    names = json.loads((path / "special_tokens_map.json").read_text())
+    (path / "special_tokens_map.json").write_text(json.dumps({**names, **special}))
+    return path
+
+
+def as_stored(token, normalized):
+    flags = {"lstrip": False, "rstrip": False, "single_word": False, "normalized": normalized}
+    return {"content": token, **flags}
+
+
+SPECIAL = {
+    "as trained": {},
+    "SD1.5": {"bos_token": as_stored(BOS, True), "eos_token": as_stored(EOS, True)},
+    "SD2.1": {"bos_token": as_stored(BOS, True), "pad_token": "!"},
+}
+
+
+@pytest.mark.parametrize("layout", SPECIAL)
+def test_ids_are_those_of_transformers(directory, tmp_path, layout):
+    transformers = pytest.importorskip("transformers")
+    path = copied(directory, tmp_path, **SPECIAL[layout])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs = transformers.CLIPTokenizerFast.from_pretrained(path)
+        theirs.save_pretrained(tmp_path / "again")
+    expected = theirs(ODD, padding="max_length", truncation=True, return_tensors="np")["input_ids"]
+    for place in (path, tmp_path / "again"):
+        given = Tokenizer.from_directory(place)
+        assert given.max_length == theirs.model_max_length
+        assert (given.pad_id, given.eos_id) == (theirs.pad_token_id, theirs.eos_token_id)
+        np.testing.assert_array_equal(given(ODD), expected)
+
+
+def test_transformers_reads_the_trained_directory_whole(directory, tokenizer):
+    transformers = pytest.importorskip("transformers")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs = transformers.AutoTokenizer.from_pretrained(directory)
+    expected = theirs(ODD, padding="max_length", truncation=True, return_tensors="np")["input_ids"]
+    np.testing.assert_array_equal(tokenizer(ODD), expected)
+
+
+def test_both_kinds_of_directories_give_the_same_ids(directory, tokenizer, tmp_path):
+    np.testing.assert_array_equal(
+        Tokenizer.from_directory(copied(directory, tmp_path))(ODD), tokenizer(ODD)
+    )
+
+
+def test_rows_start_and_end_as_they_should_and_are_padded(tokenizer):
+    tokens = tokenizer(ODD)
+    assert tokens.shape == (len(ODD), 16) and tokens.dtype == np.int32
+    bos = tokenizer.backend.token_to_id(BOS)
+    assert np.all(tokens[:, 0] == bos) and np.all(tokens[:, -1] == tokenizer.eos_id)
+    np.testing.assert_array_equal(tokens[0], [bos] + [tokenizer.eos_id] * 15)
+
+
+def test_no_caption_is_out_of_vocabulary_and_all_can_be_read_back(tokenizer):
+    plain = [caption for caption in ODD if "<|" not in caption]
+    for caption in plain:
+        ids = tokenizer.backend.encode(caption, add_special_tokens=False).ids
+        assert tokenizer.eos_id not in ids
+        read = "".join(tokenizer.backend.decode(ids).replace("</w>", " ").split())
+        assert read == "".join(tokenizer.backend.normalizer.normalize_str(caption).split())
+
+
+def test_sd21_pads_with_its_own_token(directory, tmp_path):
+    tokenizer = Tokenizer.from_directory(copied(directory, tmp_path, pad_token="!"))
+    assert tokenizer.pad_id == 0 != tokenizer.eos_id
+    assert np.all(tokenizer([""])[0, 2:] == 0)
+
+
+def test_trained_ids_are_in_clips_order(directory, tokenizer):
+    vocab = json.loads((directory / "vocab.json").read_text())
+    assert sorted(vocab.values()) == list(range(600)) and tokenizer.vocab_size == 600
+    assert (vocab["!"], vocab["!</w>"], vocab[BOS], vocab[EOS]) == (0, 256, 598, 599)
+    assert tokenizer.eos_id == 599
+
+
+def test_training_makes_captions_shorter_and_repeats_in_another_process(directory, tmp_path):
+    small = train_tokenizer(captions(), NUM_BASE, 64, tmp_path / "small")
+    large = train_tokenizer(captions(), 2000, 64, tmp_path / "large")
+    lengths = [np.sum(t(captions()) != t.eos_id) for t in (small, large)]
+    assert lengths[1] < lengths[0] / 3
+    assert small.vocab_size == NUM_BASE < large.vocab_size < 2000
+    assert len(large.backend.encode("green triangle").ids) == 4
+    source = (
+        "import sys; sys.path[:0] = sys.argv[2:]; from test_tokenizer import *; "
+        "train_tokenizer(captions(), 600, 16, sys.argv[1])"
+    )
+    again = tmp_path / "again"
+    paths = [str(again), *filter(None, sys.path)]
+    subprocess.run([sys.executable, "-c", source, *paths], check=True)
+    for file in ("tokenizer.json", "vocab.json", "merges.txt"):
+        assert (again / file).read_bytes() == (directory / file).read_bytes()
+
+
+def test_the_part_that_is_cut_off_is_reported(tokenizer):
+    assert tokenizer.truncated("a red circle") == ""
+    caption = " ".join(WORDS)
+    rest = tokenizer.truncated(caption)
+    assert rest and caption.endswith(rest)
+    kept = caption.removesuffix(rest)
+    np.testing.assert_array_equal(tokenizer([kept]), tokenizer([caption]))
+    assert tokenizer.truncated(kept) == ""
+
+
+def test_a_longest_caption_that_fits_is_not_cut(tokenizer):
+    caption = " ".join("a" * 14)
+    assert tokenizer.truncated(caption) == "" and tokenizer.truncated(caption + " a") == "a"
+    np.testing.assert_array_equal(tokenizer([caption]), tokenizer([caption + " a"]))
+
+
+def test_a_tokenizer_can_be_pickled(tokenizer):
+    np.testing.assert_array_equal(pickle.loads(pickle.dumps(tokenizer))(ODD), tokenizer(ODD))
+
+
+def test_lengths_can_be_chosen_and_no_captions_are_no_rows(directory):
+    tokenizer = Tokenizer.from_directory(directory, max_length=5)
+    assert tokenizer(ODD).shape == (len(ODD), 5) and tokenizer([]).shape == (0, 5)
+
+
+def test_incomplete_directories_are_refused_in_one_sentence(directory, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"merges.txt; there is nothing"):
+        Tokenizer.from_directory(tmp_path / "absent")
+    (tmp_path / "vocab.json").write_text("{}")
+    with pytest.raises(FileNotFoundError, match=r"looked for tokenizer.json.*there is vocab.json"):
+        Tokenizer.from_directory(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(ValueError, match="cannot be read"):
+        Tokenizer.from_directory(tmp_path)
+    path = copied(directory, tmp_path)
+    with pytest.raises(ValueError, match="has no token '<none>'"):
+        Tokenizer.from_directory(copied(directory, tmp_path / "2", pad_token="<none>"))
+    (path / "tokenizer_config.json").write_text("{}")
+    with pytest.raises(ValueError, match="sets no model_max_length"):
+        Tokenizer.from_directory(path)
+    (path / "tokenizer_config.json").write_text("{")
+    with pytest.raises(ValueError, match="is not JSON"):
+        Tokenizer.from_directory(path)
+
+
+def test_bad_arguments_are_refused(tokenizer, tmp_path):
+    with pytest.raises(ValueError, match="list of captions"):
+        tokenizer("a red circle")
+    with pytest.raises(ValueError, match="vocab_size is 100; it is at least 514"):
+        train_tokenizer([], 100, 8, tmp_path)

@@ -1,0 +1,104 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ldm_jax.nn import attention as module
+from ldm_jax.nn.attention import attention
+
+
+def draw(num_queries=5, num_keys=7, dtype=jnp.float32):
+    shapes = ((2, num_queries, 3, 8), (2, num_keys, 3, 8), (2, num_keys, 3, 8))
+    rng = np.random.default_rng(0)
+    return [jnp.asarray(rng.normal(0, 3, shape), dtype) for shape in shapes]
+
+
+def softmax_attention(q, k, v, seen):
+    """The formula in float64; `seen` is [B, N, L]."""
+    q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+    score = np.einsum("BNKA,BLKA->BKNL", q, k) / np.sqrt(q.shape[-1])
+    weight = np.exp(score - score.max(-1, keepdims=True)) * seen[:, None]
+    return np.einsum("BKNL,BLKA->BNKA", weight / weight.sum(-1, keepdims=True), v)
+
+
+MASK = np.array([[1, 1, 1, 0, 0, 0, 0], [1, 0, 1, 1, 0, 1, 1]], bool)
+SEEN = {
+    "everything": ({}, np.ones((2, 5, 7))),
+    "masked": ({"mask": MASK}, np.broadcast_to(MASK[:, None], (2, 5, 7))),
+    "causal": ({"causal": True}, np.broadcast_to(np.tri(5, 7), (2, 5, 7))),
+    "both": ({"mask": MASK, "causal": True}, np.tri(5, 7)[None] * MASK[:, None]),
+}
+
+
+@pytest.mark.parametrize("case", SEEN)
+def test_attention_is_the_formula(case):
+    options, seen = SEEN[case]
+    q, k, v = draw()
+    given = jax.jit(lambda q, k, v: attention(q, k, v, **options))(q, k, v)
+    np.testing.assert_allclose(given, softmax_attention(q, k, v, seen), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_half_precision_rounds_only_inputs_weights_and_result(dtype):
+    q, k, v = draw(num_keys=64, dtype=dtype)
+    given = jax.jit(attention)(q, k, v)
+    assert given.dtype == dtype
+    expected = softmax_attention(q, k, v, np.ones((2, 5, 64)))
+    scale = np.max(np.abs(expected))
+    assert (
+        np.max(np.abs(np.asarray(given, np.float64) - expected)) < 2 * jnp.finfo(dtype).eps * scale
+    )
+
+
+def test_huge_scores_pick_one_key():
+    q, k, v = draw()
+    given = jax.jit(attention)(1e4 * q, 1e4 * k, v)
+    np.testing.assert_allclose(given, softmax_attention(1e4 * q, 1e4 * k, v, np.ones((2, 5, 7))))
+
+
+@pytest.mark.parametrize("case", SEEN)
+def test_gradients_are_those_of_another_implementation(case):
+    q, k, v = draw()
+    options, seen = SEEN[case]
+
+    def gradient(attend, **options):
+        def loss(q, k, v):
+            return jnp.sum(jnp.sin(attend(q, k, v, **options)))
+
+        return jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(q, k, v)
+
+    given = gradient(attention, **options)
+    expected = gradient(jax.nn.dot_product_attention, mask=jnp.asarray(seen, bool)[:, None])
+    for ours, theirs in zip(given, expected, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_a_row_with_nothing_to_see_is_finite():
+    q, k, v = draw()
+    mask = jnp.zeros((2, 7), bool)
+    value_and_grad = jax.value_and_grad(lambda q: jnp.sum(attention(q, k, v, mask=mask)))
+    assert all(np.all(np.isfinite(x)) for x in jax.jit(value_and_grad)(q))
+
+
+def test_auto_takes_cudnn_only_where_it_can_run(monkeypatch):
+    def taken(q, k, v, **options):
+        marked = []
+        row = lambda q, *_: marked.append(True) or q  # noqa: E731
+        monkeypatch.setitem(module.IMPLEMENTATIONS, "cudnn", row)
+        jax.eval_shape(lambda q, k, v: attention(q, k, v, **options), q, k, v)
+        return bool(marked)
+
+    half, full = draw(dtype=jnp.bfloat16), draw()
+    assert not taken(*half)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert taken(*half) and taken(*half, causal=True)
+    assert taken(*full, implementation="cudnn")
+    assert not taken(*half, implementation="xla")
+    assert not taken(*half, mask=MASK)
+    assert not taken(*full)
+    assert not taken(*(x[..., :7] for x in half))
+
+
+def test_unknown_implementations_are_refused():
+    with pytest.raises(ValueError, match="'flash'; it can be auto, xla, cudnn"):
+        attention(*draw(), implementation="flash")

@@ -1,0 +1,126 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from ldm_jax.nn.layers import (
+    Downsample,
+    GroupNorm,
+    PixelAttention,
+    ResBlock,
+    TimeEmbedding,
+    Upsample,
+    sinusoids,
+)
+
+RNG = np.random.default_rng(0)
+
+
+def drawn(module):
+    """The module with every parameter drawn at random."""
+    graph, state = nnx.split(module)
+    rng = np.random.default_rng(1)
+    return nnx.merge(
+        graph, jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape), "f"), state)
+    )
+
+
+def group_norm_f64(x, num_groups, scale, bias, epsilon):
+    B, H, W, C = x.shape
+    groups = x.astype(np.float64).reshape(B, H * W, num_groups, C // num_groups)
+    mean, variance = groups.mean((1, 3), keepdims=True), groups.var((1, 3), keepdims=True)
+    return ((groups - mean) / np.sqrt(variance + epsilon)).reshape(x.shape) * scale + bias
+
+
+def test_group_norm_is_the_formula():
+    norm = drawn(GroupNorm(6, 3, 1e-5, dtype="float32"))
+    x = RNG.normal(2.0, 3.0, size=(2, 4, 5, 6)).astype("f")
+    expected = group_norm_f64(x, 3, np.asarray(norm.scale), np.asarray(norm.bias), 1e-5)
+    np.testing.assert_allclose(norm(x), expected, atol=1e-5)
+
+
+def test_group_norm_of_a_constant_is_its_bias():
+    norm = drawn(GroupNorm(4, 2, 1e-6, dtype="float32"))
+    x = np.full((1, 3, 3, 4), 1e3, "f")
+    np.testing.assert_allclose(norm(x), np.broadcast_to(norm.bias, x.shape), atol=1e-2)
+
+
+def test_group_norm_undoes_affine_maps_of_whole_groups():
+    norm = drawn(GroupNorm(4, 2, 1e-12, dtype="float32"))
+    x = RNG.normal(size=(2, 4, 4, 4)).astype("f")
+    slope, shift = np.array([3.0, 3.0, 0.5, 0.5], "f"), np.array([1.0, 1.0, -2.0, -2.0], "f")
+    moved = x * slope[None, None, None] + shift[None, None, None]
+    np.testing.assert_allclose(norm(moved), norm(x), atol=1e-5)
+
+
+def test_group_norm_keeps_its_statistics_in_float32():
+    """1024 numbers near 8: a sum in bfloat16 would stop growing at 2048."""
+    x = RNG.normal(8.0, 1.0, size=(1, 32, 32, 2))
+    given = GroupNorm(2, 1, 1e-5, dtype="bfloat16")(jnp.asarray(x, jnp.bfloat16))
+    assert given.dtype == jnp.bfloat16
+    expected = group_norm_f64(np.asarray(jnp.asarray(x, jnp.bfloat16), "f"), 1, 1.0, 0.0, 1e-5)
+    assert np.max(np.abs(np.asarray(given, "f") - expected)) < 0.02
+
+
+def test_group_norm_refuses_groups_that_do_not_divide():
+    with pytest.raises(ValueError, match="6 channels do not divide into 4 groups"):
+        GroupNorm(6, 4, 1e-5, dtype="float32")
+
+
+def test_upsampling_with_the_identity_as_convolution_repeats_pixels():
+    layer = Upsample(3, dtype="float32", rngs=nnx.Rngs(0))
+    layer.conv.kernel[...] = jnp.zeros((3, 3, 3, 3)).at[1, 1].set(jnp.eye(3))
+    x = RNG.normal(size=(2, 3, 4, 3)).astype("f")
+    np.testing.assert_allclose(layer(x), x.repeat(2, 1).repeat(2, 2), atol=1e-6)
+
+
+@pytest.mark.parametrize(("padding", "first"), [((1, 1), -1), ((0, 1), 0)])
+def test_downsampling_sees_the_pixels_that_its_padding_says(padding, first):
+    """Sums of 3x3 ones: rows and columns 2i + first ... 2i + first + 2 of the map, where there are such."""
+    layer = Downsample(1, padding, dtype="float32", rngs=nnx.Rngs(0))
+    layer.conv.kernel[...] = jnp.ones((3, 3, 1, 1))
+    x = RNG.normal(size=(1, 6, 4, 1)).astype("f")
+    expected = [
+        [
+            x[0, max(i + first, 0) : i + first + 3, max(j + first, 0) : j + first + 3].sum()
+            for j in (0, 2)
+        ]
+        for i in (0, 2, 4)
+    ]
+    np.testing.assert_allclose(layer(x)[0, :, :, 0], expected, atol=1e-5)
+
+
+def test_a_residual_block_with_a_time_starts_as_its_skip_connection():
+    x, time = RNG.normal(size=(2, 4, 4, 4)).astype("f"), RNG.normal(size=(2, 6)).astype("f")
+    block = ResBlock(4, 4, 2, 1e-5, time_width=6, dtype="float32", rngs=nnx.Rngs(0))
+    np.testing.assert_array_equal(block(x, time), x)
+    wider = ResBlock(4, 8, 2, 1e-5, time_width=6, dtype="float32", rngs=nnx.Rngs(0))
+    np.testing.assert_array_equal(wider(x, time), wider.conv_shortcut(x))
+
+
+def test_pixel_attention_knows_no_places():
+    layer = drawn(PixelAttention(4, 2, 1e-6, dtype="float32", rngs=nnx.Rngs(0)))
+    x = RNG.normal(size=(2, 3, 4, 4)).astype("f")
+    order = RNG.permutation(12)
+
+    def shuffled(array):
+        return np.asarray(array).reshape(2, 12, 4)[:, order]
+
+    moved = layer(jnp.asarray(shuffled(x).reshape(x.shape)))
+    np.testing.assert_allclose(np.reshape(moved, (2, 12, 4)), shuffled(layer(x)), atol=1e-4)
+
+
+def test_sinusoids_are_points_on_circles_that_turn_more_and_more_slowly():
+    told = np.array([0.0, 1.0, 999.0], "f")
+    cosine, sine = np.split(np.asarray(sinusoids(told, 8), np.float64), 2, axis=-1)
+    speeds = 10_000.0 ** (-np.arange(4) / 4)
+    expected = np.exp(1j * told[:, None] * speeds[None])
+    np.testing.assert_allclose(cosine + 1j * sine, expected, atol=1e-4)
+
+
+def test_the_time_embedding_tells_neighbouring_steps_apart():
+    embed = TimeEmbedding(16, 8, dtype="float32", rngs=nnx.Rngs(0))
+    vectors = np.asarray(embed(jnp.arange(100.0)))
+    assert vectors.shape == (100, 8)
+    assert np.min(np.linalg.norm(np.diff(vectors, axis=0), axis=-1)) > 1e-2

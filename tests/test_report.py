@@ -1,0 +1,235 @@
+"""The page of a run: whole, self-contained, and plain about what is missing."""
+
+import dataclasses
+import json
+import math
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ldm_jax.flags import parse
+from ldm_jax.report import MAX_SHEETS, MAX_TILE, add_flags, main, page, read_run
+from ldm_jax.scaling.records import RunRecord
+
+VOID = {"meta", "input", "br", "hr", "img", "link"}
+COLUMNS, ROWS, SIDE = 4, 2, 16
+COUNTS = range(0, 24_000, 1_000)
+RECORD = RunRecord(
+    study="demo",
+    config={},
+    commit="0123abc",
+    chips="CPU x 1",
+    seed=0,
+    params=1_234_567,
+    flops=3.0e15,
+    examples=23_000,
+    seconds=460.0,
+    losses={"train": 0.1},
+    scores={},
+)
+
+
+class Outline(HTMLParser):
+    """Checks that every tag is closed in order, and collects what the page shows."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.tags, self.shown, self.attributes = [], [], [], []
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += attrs
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.attributes += attrs
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open and self.open[-1] not in ("style", "script"):
+            self.shown.append(" ".join(data.split()))
+
+    @property
+    def text(self):
+        return " ".join(filter(None, self.shown))
+
+
+def lines(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def evaluation(examples):
+    high = 0.3 + examples / 50_000
+    return {
+        "examples": examples,
+        "weights": "ema",
+        "scores": {
+            "faithfulness": [high, high - 0.05, high + 0.05, 64],
+            "CLIP <score>": [25 + high, 24 + high, 26 + high, 64],
+        },
+        "validation": {"0.1": 0.4 - high / 9, "0.5": 0.2 - high / 9, "0.9": 0.1},
+        "samples": f"samples/{examples:09d}.png",
+        "columns": COLUMNS,
+    }
+
+
+def make_run(run):
+    """Writes a finished run."""
+    (run / "samples").mkdir(parents=True)
+    for examples in COUNTS:
+        pixels = np.full((ROWS * SIDE, COLUMNS * SIDE, 3), examples // 100, np.uint8)
+        Image.fromarray(pixels).save(run / f"samples/{examples:09d}.png")
+    lines(run / "evaluations.jsonl", [evaluation(examples) for examples in COUNTS])
+    metrics = [{"examples": n, "step": n // 10, "loss": 1 / (1 + n)} for n in range(0, 23_000, 500)]
+    lines(run / "metrics.jsonl", metrics)
+    prompts = [{"prompt": f"a <b>prompt</b> {i}", "held_out": i < 3} for i in range(COLUMNS * ROWS)]
+    (run / "prompts.json").write_text(json.dumps(prompts))
+    references = {"untrained": {"faithfulness": [0.25, 0.2, 0.3, 64]}}
+    (run / "references.json").write_text(json.dumps(references))
+    config = {"seed": 0, "sampler": {"name": "ddim", "ddim": {"eta": 0.0}}}
+    (run / "config.json").write_text(json.dumps(config))
+    (run / "record.json").write_text(json.dumps(dataclasses.asdict(RECORD)))
+    return run
+
+
+@pytest.fixture
+def workdir(tmp_path):
+    """A finished run, to change."""
+    return make_run(tmp_path / "demo")
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    """The page of a finished run."""
+    return page(read_run(make_run(tmp_path_factory.mktemp("run") / "demo")))
+
+
+@pytest.fixture(scope="module")
+def shown(text):
+    return Outline(text)
+
+
+def outline(workdir):
+    return Outline(page(read_run(workdir)))
+
+
+def test_page_refers_to_nothing_outside(text, shown):
+    links = [v for k, v in shown.attributes if k in ("src", "href", "xlink:href")]
+    assert all(link.startswith("#") for link in links)
+    assert "http" not in text
+    assert "@import" not in text
+    assert set(re.findall(r"url\((data:|#)?", text)) == {"data:", "#"}
+
+
+def test_page_shows_every_score_with_interval_and_reference(shown):
+    value = 0.3 + COUNTS[-1] / 50_000
+    assert (
+        f"faithfulness {value:.3g} {value - 0.05:.3g} to {value + 0.05:.3g}, n = 64" in shown.text
+    )
+    assert "0.25 0.2 to 0.3, n = 64" in shown.text
+    assert "CLIP <score> 25.8 24.8 to 26.8, n = 64 not known" in shown.text
+    assert shown.tags.count("svg") == 4
+    labels = [value for key, value in shown.attributes if key == "aria-label"]
+    assert labels[1:] == ["faithfulness", "CLIP <score>", "training", "validation, by noise level"]
+
+
+def test_page_shows_each_prompt_once_and_held_out_ones_first(shown):
+    found = [piece for piece in shown.shown if piece.startswith("a <b>prompt</b> ")]
+    assert found == [f"a <b>prompt</b> {i}" for i in range(COLUMNS * ROWS)]
+    assert shown.shown.index("Held-out prompts") < shown.shown.index(found[0])
+    assert shown.shown.index("Other prompts") == shown.shown.index(found[3]) - 1
+
+
+def test_grids_are_spread_over_the_run_from_first_to_last(text, shown):
+    assert text.count("data:image/png;base64,") == MAX_SHEETS
+    (labels,) = [value for key, value in shown.attributes if key == "data-labels"]
+    labels = json.loads(labels)
+    assert (labels[0], labels[-1]) == ("after 0 examples", "after 23,000 examples")
+
+
+def test_page_shows_costs_and_settings(shown):
+    shown = shown.text
+    assert "GFLOPs per example 130.4" in shown
+    assert "examples per second 50" in shown
+    assert "time 7 min 40 s" in shown
+    assert "1.23M parameters · 23k examples · 7 min 40 s on CPU x 1" in shown
+    assert "sampler.ddim.eta = 0.0" in shown
+
+
+def test_last_line_of_a_count_counts_and_an_unfinished_one_does_not(workdir):
+    path = workdir / "evaluations.jsonl"
+    again = evaluation(COUNTS[-1]) | {"scores": {"faithfulness": [0.99, 0.98, 1.0, 64]}}
+    path.write_text(path.read_text() + json.dumps(again) + "\n" + '{"examples": 99')
+    run = read_run(workdir)
+    assert len(run.evaluations) == len(COUNTS)
+    assert "faithfulness 0.99 0.98 to 1, n = 64" in Outline(page(run)).text
+
+
+@pytest.mark.parametrize("loss", [math.nan, math.inf])
+def test_loss_that_exploded_is_still_drawn(workdir, loss):
+    with (workdir / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"examples": 23_500, "step": 2_350, "loss": loss}) + "\n")
+    assert outline(workdir).tags.count("svg") == 4
+
+
+def test_run_without_evaluations_says_so(workdir):
+    (workdir / "evaluations.jsonl").unlink()
+    shown = outline(workdir)
+    assert "This run has not been evaluated." in shown.text
+    assert "No evaluation of this run has left a grid of images." in shown.text
+    assert "No evaluation has a validation loss." in shown.text
+    assert shown.tags.count("svg") == 1
+
+
+def test_each_missing_file_is_said_in_its_place(workdir):
+    for name in ("metrics.jsonl", "prompts.json", "references.json", "record.json", "config.json"):
+        (workdir / name).unlink()
+    shown = outline(workdir).text
+    assert "No line of metrics.jsonl has a loss." in shown
+    assert "No prompts.json." in shown
+    assert "No references.json to hold the scores against." in shown
+    assert "No record.json: this run has not finished." in shown
+    assert "No config.json." in shown
+
+
+def test_run_that_has_only_begun_has_a_page(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    shown = outline(tmp_path).text
+    assert "0 examples" in shown
+
+
+def test_images_larger_than_the_page_shows_are_made_smaller(workdir):
+    noise = np.random.default_rng(0).integers(0, 255, (512 * ROWS, 512 * COLUMNS, 3), np.uint8)
+    Image.fromarray(noise).save(workdir / f"samples/{COUNTS[-1]:09d}.png")
+    assert len(page(read_run(workdir))) < MAX_TILE**2 * COLUMNS * ROWS * 3 * 1.5
+
+
+def test_directories_without_a_run_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"holds no run: it has none of config\.json, "):
+        read_run(tmp_path)
+    with pytest.raises(FileNotFoundError, match="there is no directory"):
+        read_run(tmp_path / "absent")
+
+
+def test_file_that_is_no_json_is_named(workdir):
+    (workdir / "prompts.json").write_text("[")
+    with pytest.raises(ValueError, match=r"prompts\.json is no JSON"):
+        read_run(workdir)
+
+
+def test_command_writes_the_page_into_the_run(workdir, capsys):
+    main(parse([f"--workdir={workdir}"], add_flags=add_flags))
+    assert Outline((workdir / "report.html").read_text()).text
+    assert "report.html" in capsys.readouterr().out
+    main(parse([f"--workdir={workdir}", f"--output={workdir}/x.html"], add_flags=add_flags))
+    assert (workdir / "x.html").is_file()
+    assert not list(workdir.glob("*.partial"))

@@ -1,0 +1,297 @@
+import io
+import json
+import re
+import time
+from collections import Counter
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import toy
+
+from ldm_jax.training import Hook, State, Tick, TrainingError, fit
+from ldm_jax.training.hooks import Guard, Late, Metrics, Profiler, Progress, Save, duration
+from ldm_jax.training.loop import AHEAD
+
+
+def ticks(losses, size=8, before=0, last=True, **scalars):
+    """What hooks would be shown of steps with these losses."""
+    for i, loss in enumerate(losses):
+        here = before + i * size
+        yield Tick(
+            step=here // size + 1,
+            before=here,
+            examples=here + size,
+            last=last and i == len(losses) - 1,
+            state=State(jnp.int32(0), jnp.uint32(0), {"w": jnp.zeros((2, 3))}, {}, ()),
+            scalars={"loss": jnp.float32(loss)} | {k: jnp.float32(v) for k, v in scalars.items()},
+            batch=toy.batch(here, size),
+        )
+
+
+def test_scalars_come_back_when_their_step_is_over_and_all_come_back_at_the_end():
+    late = Late()
+    given = [[over.step for over in late.push(tick)] for tick in ticks(range(6))]
+    assert given == [[]] * AHEAD + [[1], [2], [3], [4, 5, 6]]
+
+
+def run_guard(directory, losses, **settings):
+    guard = Guard(directory, lambda: 40, **settings)
+    for tick in ticks(losses):
+        guard(tick)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("place", [0, 5, 19])
+def test_a_loss_that_is_not_finite_stops_the_run_with_its_batch_saved(tmp_path, bad, place):
+    losses = [1.0] * place + [bad] + [1.0] * (19 - place)
+    with pytest.raises(TrainingError) as caught:
+        run_guard(tmp_path, losses)
+    examples = 8 * (place + 1)
+    path = tmp_path / f"bad_batch_{examples}.npz"
+    message = str(caught.value)
+    for part in (f"step {place + 1},", f"{examples} examples", "of 40 examples", str(path)):
+        assert part in message
+    expected = toy.batch(8 * place)
+    with np.load(path) as batch:
+        assert set(batch.files) == {"latents", "text", "weight", "index"}
+        for name in batch.files:
+            np.testing.assert_array_equal(batch[name], getattr(expected, name))
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run_though_the_loss_is(tmp_path):
+    guard = Guard(tmp_path, lambda: None)
+    with pytest.raises(TrainingError, match="grad_norm became nan .* there is no checkpoint yet"):
+        for tick in ticks([1.0] * 3, grad_norm=float("nan")):
+            guard(tick)
+
+
+def test_a_loss_that_explodes_stops_the_run_and_one_that_rises_does_not(tmp_path):
+    usual = [1.0, 2.0, 3.0] * 10
+    run_guard(tmp_path, [*usual, 19.0, 1.0], window=30)
+    with pytest.raises(TrainingError, match="rose to 21 from a median of 2"):
+        run_guard(tmp_path, [*usual, 21.0, 1.0], window=30)
+
+
+def test_the_first_losses_may_fall_steeply(tmp_path):
+    run_guard(tmp_path, [1000.0, 100.0, 10.0, 1.0, 1.0, 100.0], window=128)
+
+
+@pytest.mark.parametrize("poisoned", [40, 48, 72])
+def test_a_run_that_meets_nan_keeps_only_checkpoints_from_before(tmp_path, poisoned):
+    """The batch that ends at `poisoned` examples is bad; the period of the saves is 40."""
+    run = toy.Run(tmp_path)
+    guard = Guard(tmp_path, run.checkpoints.latest)
+    save = Save(run.checkpoints, 40, settle=(guard.settle,))
+
+    def source():
+        for batch in toy.batches(0):
+            if batch.index[-1] + 1 == poisoned:
+                batch.latents[3] = np.nan
+            yield batch
+
+    with pytest.raises(TrainingError, match=f"loss became nan .* {poisoned} examples"):
+        fit(run.step, run.state(), source(), until=400, hooks=[guard, save])
+    assert run.checkpoints.latest() == (None if poisoned == 40 else 40)
+    with np.load(tmp_path / f"bad_batch_{poisoned}.npz") as batch:
+        assert batch["index"][-1] + 1 == poisoned
+        assert np.isnan(batch["latents"][3]).all()
+
+
+class Board:
+    """Takes what a clu writer takes."""
+
+    def __init__(self):
+        self.scalars, self.images, self.texts, self.calls = {}, {}, {}, Counter()
+
+    def write_scalars(self, step, scalars):
+        self.scalars.setdefault(step, {}).update(scalars)
+
+    def write_images(self, step, images):
+        self.images[step] = images
+
+    def write_texts(self, step, texts):
+        self.texts[step] = texts
+
+    def flush(self):
+        self.calls["flush"] += 1
+
+    def close(self):
+        self.calls["close"] += 1
+
+
+def rows(directory):
+    return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_metrics_are_the_means_over_each_period_of_examples(tmp_path):
+    board = Board()
+    metrics = Metrics(tmp_path, 24, board)
+    for tick in ticks([1.0, 2.0, 6.0, 4.0, 5.0, 9.0, 7.0], grad_norm=2.0):
+        metrics(tick)
+    metrics.close()
+    found = rows(tmp_path)
+    assert [row["examples"] for row in found] == [24, 48, 56]
+    assert [row["step"] for row in found] == [3, 6, 7]
+    assert [row["loss"] for row in found] == [3.0, 6.0, 7.0]
+    assert {row["grad_norm"] for row in found} == {2.0}
+    assert all(row["examples_per_second"] > 0 for row in found)
+    assert {step: row["loss"] for step, row in board.scalars.items()} == {24: 3.0, 48: 6.0, 56: 7.0}
+    assert "w" in board.texts[8]["parameters"]
+    assert "(2, 3)" in board.texts[8]["parameters"]
+    assert board.calls["close"] == 1
+
+
+def test_metrics_of_a_period_are_written_before_a_save_asks_for_it(tmp_path):
+    metrics = Metrics(tmp_path, 24, Board())
+    for tick in ticks([1.0] * 3, last=False):
+        metrics(tick)
+    assert rows(tmp_path) == []
+    metrics.settle()
+    assert [row["examples"] for row in rows(tmp_path)] == [24]
+
+
+def test_metrics_of_steps_that_a_resumed_run_takes_again_are_dropped(tmp_path):
+    metrics = Metrics(tmp_path, 8, Board())
+    for tick in ticks([1.0] * 6):
+        metrics(tick)
+    metrics.write(32, {"clip_score": 0.5})
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"examples": 56, "lo')  # killed in the middle of a line
+    Metrics(tmp_path, 8, Board(), since=32)
+    assert [row["examples"] for row in rows(tmp_path)] == [8, 16, 24, 32, 32]
+
+
+def test_images_are_shown_in_the_range_that_the_board_takes(tmp_path):
+    board = Board()
+    images = np.array([-1.5, -1.0, 0.0, 1.0], np.float32).reshape(1, 2, 2, 1).repeat(3, axis=3)
+    Metrics(tmp_path, 8, board).write_images(16, {"samples": images})
+    np.testing.assert_allclose(board.images[16]["samples"][0, :, :, 0], [[0.0, 0.0], [0.5, 1.0]])
+
+
+@pytest.mark.slow
+def test_tensorboard_can_read_what_is_written(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    from ldm_jax.training.hooks import tensorboard
+
+    metrics = Metrics(tmp_path, 8, tensorboard(tmp_path))
+    for tick in ticks([3.0, 5.0]):
+        metrics(tick)
+    metrics.write_images(16, {"samples": np.zeros((2, 4, 4, 3), np.float32)})
+    metrics.close()
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    assert {"loss", "samples", "parameters/text_summary"} <= set(events.Tags()["tensors"])
+    assert [event.step for event in events.Tensors("loss")] == [8, 16]
+
+
+class Stream(io.StringIO):
+    def __init__(self, terminal):
+        super().__init__()
+        self.terminal = terminal
+
+    def isatty(self):
+        return self.terminal
+
+
+def progress(seconds, terminal, losses=20, **settings):
+    """What is printed of steps that take so many seconds each, by a clock that is ours."""
+    stream, clock = Stream(terminal), iter(np.arange(0.0, 1e6, seconds))
+    hook = Progress(400, stream=stream, clock=lambda: next(clock), **settings)
+    for tick in ticks([2.0] * losses, before=160, last=False):
+        hook(tick)
+    hook.close()
+    return stream.getvalue()
+
+
+def test_progress_on_a_terminal_is_one_line_in_place():
+    text = progress(1.0, terminal=True)
+    assert text.count("\n") == 1 and text.endswith("\n")
+    last = text.split("\r")[-1]
+    # 8 examples a second from 168 to 320 of 400: 80 are left.
+    for part in ("80%", "320/400 examples", "loss 2.0000", "8.0 examples/s", "10 s left"):
+        assert part in last
+    assert "MFU" not in last
+
+
+def test_progress_elsewhere_is_a_line_now_and_then():
+    lines = progress(10.0, terminal=False).splitlines()
+    assert [re.search(r"(\d+)/400", line)[1] for line in lines] == ["168"] + [
+        str(168 + 24 * i) for i in range(1, 7)
+    ]
+    assert "\r" not in "".join(lines)
+
+
+def test_progress_says_which_share_of_the_peak_is_used_where_it_is_known(monkeypatch):
+    monkeypatch.setattr("ldm_jax.training.hooks.peak_flops", lambda kind: 1000.0)
+    text = progress(1.0, terminal=True, flops_per_example=500.0)
+    # 8 examples/s of 500 FLOP on 8 devices of 1000 FLOP/s.
+    assert f"MFU {8 * 500 / (1000 * jax.device_count()):.1%}" in text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(8.4, "8 s"), (200, "3 min 20 s"), (7500, "2 h 05 min"), (0, "0 s")]
+)
+def test_durations_read_as_people_say_them(seconds, text):
+    assert duration(seconds) == text
+
+
+def test_the_profiler_traces_the_steps_between_two_counts_and_stops_with_the_run(monkeypatch):
+    calls = []
+    monkeypatch.setattr(jax.profiler, "start_trace", lambda path: calls.append(path))
+    monkeypatch.setattr(jax.profiler, "stop_trace", lambda: calls.append("stop"))
+
+    def steps_traced(start, stop, count):
+        calls.clear()
+        profiler, traced = Profiler("there", start, stop), []
+        for tick in ticks([1.0] * count):
+            profiler(tick)
+            if calls and calls[-1] == "there":
+                traced.append(tick.examples)
+        profiler.close()
+        return traced, list(calls)
+
+    assert steps_traced(16, 32, 8) == ([24], ["there", "stop"])
+    assert steps_traced(0, 24, 8) == ([8, 16], ["there", "stop"])
+    assert steps_traced(16, 1000, 8) == ([24, 32, 40, 48, 56], ["there", "stop"])
+    assert steps_traced(1000, 2000, 8) == ([], [])
+
+
+class Failing:
+    """Checkpoints on a disk that is full for a while."""
+
+    def __init__(self, full):
+        self.full, self.asked, self.waited = full, [], 0
+
+    def save(self, state):
+        self.asked.append(time.monotonic())
+        if self.full:
+            raise OSError("The disk is full.")
+
+    def wait(self):
+        self.waited += 1
+
+
+def test_training_goes_on_after_a_save_that_failed_and_says_so(caplog):
+    checkpoints = Failing(full=True)
+    for tick in ticks([1.0] * 5, last=False):
+        Save(checkpoints, 16)(tick)
+    assert len(checkpoints.asked) == 2
+    assert caplog.text.count("The disk is full. Training goes on without it.") == 2
+
+
+def test_a_run_does_not_end_well_when_its_last_save_fails():
+    checkpoints = Failing(full=True)
+    with pytest.raises(OSError, match="The disk is full"):
+        for tick in ticks([1.0] * 3):
+            Save(checkpoints, 10**6)(tick)
+    assert len(checkpoints.asked) == 1
+
+
+def test_the_last_save_is_waited_for():
+    checkpoints = Failing(full=False)
+    for tick in ticks([1.0] * 3):
+        Save(checkpoints, 10**6)(tick)
+    assert (len(checkpoints.asked), checkpoints.waited) == (1, 2)
