@@ -40,10 +40,14 @@ class Cond(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """One training batch; `index` is each example's position in the global order, `weight` 0 marks padding."""
+    """One training batch.
+
+    `text` is tokens, a Cond, or any other pytree [B, ...] that the loss knows how to encode; `weight` 0 marks padding;
+    `index` is each example's position in the global order.
+    """
 
     latents: Latent
-    text: Tokens | Cond
+    text: Any
     weight: PerExample
     index: UInt32[Arr, " B"]
 

@@ -13,15 +13,20 @@ REMAT = {
 }
 
 
-def rematerialised(call: Callable[..., Any], remat: str) -> Callable[..., Any]:
+def rematerialised(
+    call: Callable[..., Any], remat: str, *, prevent_cse: bool = True
+) -> Callable[..., Any]:
     """`call`, whose intermediates are recomputed in the backward pass as the row `remat` of REMAT says.
 
-    "none" keeps them all, "full" none, "dots" the results of matrix products with weights.
+    "none" keeps them all, "full" none, "dots" the results of matrix products with weights. `prevent_cse` keeps
+    the compiler from merging the recomputation with what it repeats; inside a scan it cannot, so say False there.
     Raises ValueError for a name that is not in REMAT.
     """
     if remat not in REMAT:
         raise ValueError(f"remat is {remat!r}; it can be {', '.join(REMAT)}")
-    return call if remat == "none" else jax.checkpoint(call, policy=REMAT[remat])
+    if remat == "none":
+        return call
+    return jax.checkpoint(call, policy=REMAT[remat], prevent_cse=prevent_cse)
 
 
 class Stack(nnx.Module):
@@ -64,7 +69,8 @@ class Stack(nnx.Module):
         def step(x: Any, layer: tuple[Any, Any]) -> tuple[Any, Any]:
             return call(nnx.merge(graph, layer[0]), x, layer[1])
 
-        return jax.lax.scan(rematerialised(step, self.remat), x, (state, each))
+        body = rematerialised(step, self.remat, prevent_cse=False)
+        return jax.lax.scan(body, x, (state, each))
 
     def map(self, call: Callable[[Any], Any]) -> Any:
         """`call(block)` for all blocks at once, with a leading layer axis on every result."""

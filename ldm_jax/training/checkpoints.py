@@ -105,8 +105,12 @@ class Checkpoints:
                 self._path(old).rmtree()
 
     def latest(self) -> int | None:
-        """The examples seen by the newest whole checkpoint, as far as its directory tells."""
-        return max(self._usable(), default=None)
+        """The examples seen by the newest whole checkpoint; a save under way is waited for.
+
+        Whole is what was written to its end: `restore` looks whether it is sound as well.
+        """
+        self.wait()
+        return self._newest()
 
     def restore(self, abstract: State, only: Collection[str] = State._fields) -> State:
         """The newest checkpoint that is sound, placed as `abstract_state` says, on whatever mesh.
@@ -150,6 +154,9 @@ class Checkpoints:
             raise _Damaged(f"the digest does not match for {_some(wrong)}")
         return found
 
+    def _newest(self) -> int | None:
+        return max(self._usable(), default=None)
+
     def _usable(self) -> list[int]:
         if not self.directory.is_dir():
             return []
@@ -182,7 +189,7 @@ class Checkpoints:
         except Exception as error:  # Orbax raises many kinds.
             raise OSError(
                 f"The checkpoint of {examples} examples could not be written to {self.directory} "
-                f"({_sentence(error)}); the newest whole one there is of {self.latest()} examples."
+                f"({_sentence(error)}); the newest whole one there is of {self._newest()} examples."
             ) from error
 
 

@@ -7,6 +7,7 @@ write for people (`Progress`, `Metrics`, `Profiler`) belong to the first, the ot
 
 import collections
 import contextlib
+import io
 import json
 import logging
 import math
@@ -14,7 +15,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TextIO
+from typing import Any
 
 import jax
 import numpy as np
@@ -92,9 +93,9 @@ class Guard(Hook):
             self._losses.append(tick.scalars["loss"])
 
     def _fault(self, scalars: dict[str, float]) -> str | None:
-        for name, value in scalars.items():
-            if not math.isfinite(value):
-                return f"{name} became {value}"
+        for name in ("loss", *scalars):
+            if not math.isfinite(scalars[name]):
+                return f"{name} became {scalars[name]}"
         if len(self._losses) >= max(1, self._least):
             usual = statistics.median(self._losses)
             if scalars["loss"] > self._factor * usual:
@@ -141,7 +142,7 @@ class Metrics(Hook):
         """Writes what is due of the steps that still run: to be asked before a save."""
         self._add(self._late.flush())
 
-    def write(self, examples: int, scalars: dict[str, float]) -> None:
+    def write(self, examples: int, scalars: dict[str, float | int]) -> None:
         """Writes scalars of any other origin, such as scores."""
         with self._path.open("a") as file:
             file.write(json.dumps({"examples": examples, **scalars}) + "\n")
@@ -198,7 +199,7 @@ class Progress(Hook):
         self,
         total: int,
         flops_per_example: float | None = None,
-        stream: TextIO | None = None,
+        stream: io.TextIOBase | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._total, self._stream, self._clock = total, stream or sys.stderr, clock
@@ -301,7 +302,7 @@ def _told() -> Iterator[None]:
         _log.error("%s Training goes on without it.", error)
 
 
-def duration(seconds: float) -> str:
+def duration(seconds: float | int) -> str:
     """Seconds as people say them: `2 h 05 min`, `3 min 20 s`, `8 s`."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)

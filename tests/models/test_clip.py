@@ -92,7 +92,7 @@ def test_networks_answer_as_transformers_do(transformers_answers, name):
         assert error(given[output], expected[output]) < 1e-5, output
 
 
-@pytest.mark.parametrize("name", CLASSES)
+@pytest.mark.parametrize("name", ["clip_text", "clip_vision_projected"])
 def test_bfloat16_stays_near_float32(name):
     expected = np.load(GOLDENS / name / "outputs.npz")
     _, params, apply = opened(GOLDENS, name, dtype="bfloat16")
@@ -170,6 +170,7 @@ def test_what_comes_after_the_end_token_does_not_change_the_features():
     np.testing.assert_allclose(ended[0], ended[1], atol=1e-6)
 
 
+@pytest.mark.slow
 def test_it_learns_to_tell_images_apart_from_scratch():
     init, apply = functional(lambda rngs: clip.CLIP(BOTH, rngs))
     params = jax.jit(init)(jax.random.key(0))

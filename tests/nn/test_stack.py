@@ -3,6 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 
 from ldm_jax.nn.functional import functional
 from ldm_jax.nn.stack import REMAT, Stack
@@ -88,6 +89,15 @@ def test_layers_are_those_that_the_blocks_constructor_makes(params):
 def test_abstract_and_jitted_parameters_agree(params):
     abstract = jax.eval_shape(functional(Net).init, jax.random.key(0))
     assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, abstract)
+
+
+def test_stacked_parameters_are_born_sharded():
+    init, _ = functional(lambda rngs: Stack(lambda rngs: nnx.Linear(8, 8, rngs=rngs), DEPTH, rngs))
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    place = NamedSharding(mesh, PartitionSpec(None, "data"))
+    born = jax.jit(init, out_shardings=place)(jax.random.key(0))
+    assert all(leaf.sharding == place for leaf in jax.tree.leaves(born))
+    jax.tree.map(np.testing.assert_array_equal, born, jax.jit(init)(jax.random.key(0)))
 
 
 @pytest.mark.parametrize("remat", REMAT)

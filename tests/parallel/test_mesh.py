@@ -56,7 +56,7 @@ def test_rows_of_a_batch_are_divided_over_data_and_fsdp_and_repeated_over_tensor
 
 def test_batch_that_does_not_divide_is_refused_with_the_number_it_must_divide_by():
     mesh = make_mesh(MeshConfig(data=4, fsdp=2))
-    with pytest.raises(ValueError, match="batch of 12 .* multiple of 8"):
+    with pytest.raises(ValueError, match=r"batch of 12 .* multiple of 8"):
         put_batch({"x": np.zeros((12, 2))}, mesh)
 
 

@@ -248,7 +248,7 @@ def test_a_state_that_is_not_finite_is_not_saved(tmp_path, fresh):
     checkpoints = saved(tmp_path, fresh, 8)
     poisoned = at(fresh, 16)
     poisoned.params["dense"]["bias"] = poisoned.params["dense"]["bias"].at[2].set(jnp.nan)
-    with pytest.raises(TrainingError, match="16 examples .* not finite .* params/dense/bias"):
+    with pytest.raises(TrainingError, match=r"16 examples .* not finite .* params/dense/bias"):
         checkpoints.save(poisoned)
     assert names(tmp_path) == [8]
 
@@ -310,7 +310,7 @@ def test_a_disk_that_fills_during_the_save_leaves_the_last_good_checkpoint(tmp_p
 
 def test_a_directory_that_cannot_be_written_is_said(tmp_path, fresh):
     (tmp_path / "taken").write_text("a file")
-    with pytest.raises(OSError, match="checkpoint of 8 examples could not be written to .*taken"):
+    with pytest.raises(OSError, match=r"checkpoint of 8 examples could not be written to .*taken"):
         Checkpoints(tmp_path / "taken").save(at(fresh, 8))
 
 

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import toy
 
-from ldm_jax.training import Hook, State, Tick, TrainingError, fit
+from ldm_jax.training import State, Tick, TrainingError, fit
+from ldm_jax.training.checkpoints import Checkpoints
 from ldm_jax.training.hooks import Guard, Late, Metrics, Profiler, Progress, Save, duration
 from ldm_jax.training.loop import AHEAD
 
@@ -62,7 +63,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_its_batch_saved(tmp_path, 
 
 def test_a_gradient_that_is_not_finite_stops_the_run_though_the_loss_is(tmp_path):
     guard = Guard(tmp_path, lambda: None)
-    with pytest.raises(TrainingError, match="grad_norm became nan .* there is no checkpoint yet"):
+    with pytest.raises(TrainingError, match=r"grad_norm became nan .* there is no checkpoint yet"):
         for tick in ticks([1.0] * 3, grad_norm=float("nan")):
             guard(tick)
 
@@ -91,7 +92,7 @@ def test_a_run_that_meets_nan_keeps_only_checkpoints_from_before(tmp_path, poiso
                 batch.latents[3] = np.nan
             yield batch
 
-    with pytest.raises(TrainingError, match=f"loss became nan .* {poisoned} examples"):
+    with pytest.raises(TrainingError, match=rf"loss became nan .* {poisoned} examples"):
         fit(run.step, run.state(), source(), until=400, hooks=[guard, save])
     assert run.checkpoints.latest() == (None if poisoned == 40 else 40)
     with np.load(tmp_path / f"bad_batch_{poisoned}.npz") as batch:
@@ -259,10 +260,11 @@ def test_the_profiler_traces_the_steps_between_two_counts_and_stops_with_the_run
     assert steps_traced(1000, 2000, 8) == ([], [])
 
 
-class Failing:
-    """Checkpoints on a disk that is full for a while."""
+class Failing(Checkpoints):
+    """Checkpoints on a disk that is or is not full."""
 
     def __init__(self, full):
+        super().__init__("nowhere")
         self.full, self.asked, self.waited = full, [], 0
 
     def save(self, state):

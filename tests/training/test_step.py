@@ -42,7 +42,7 @@ def test_a_batch_taken_in_parts_gives_the_step_of_the_whole(accumulate):
 
 def test_parts_that_do_not_divide_the_batch_are_refused():
     step = make_step(toy.loss, toy.optimizer(), KEY, ema=0, accumulate=3)
-    with pytest.raises(ValueError, match="batch of 8 .* accumulate=3"):
+    with pytest.raises(ValueError, match=r"batch of 8 .* accumulate=3"):
         advanced(step, 1)
 
 
