@@ -37,8 +37,11 @@ lint: install
 
 install: $(INSTALLED)
 
-# `installing` stands while pip works: where it is found, the last install was cut off and the environment
-# is made anew.
+# `installing` stands while pip works: where it is found, the last install was cut off, and the
+# environment is made anew.
+ifneq ($(wildcard $(VENV)/installing),)
+.PHONY: $(INSTALLED)
+endif
 $(INSTALLED): setup.cfg pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version.split()[0]; sys.exit(sys.version_info < (3, 11) and \
 	  f"ldm_jax needs Python 3.11 or later, and $(PYTHON) is {v}: make PYTHON=python3.12 $(MAKECMDGOALS)")'

@@ -19,27 +19,27 @@ def get_config():
             ),
             captions=CaptionPolicy(dropout=0.1, alternatives=0.5),
             backbone=UNetConfig(
-                channels=(64, 128),
+                channels=(32, 64),
                 num_res_blocks=1,
                 transformer_depth=(1, 1),
-                head_width=32,
+                head_width=16,
                 text_width=64,
-                num_groups=16,
+                num_groups=8,
                 sample_size=8,
             ),
             prediction="v",
             draw=Weyl(),
             optimizer=OptimizerConfig(
-                learning_rate=2e-3, warmup_examples=6_400, schedule="cosine", b2=0.99
+                learning_rate=3e-3, warmup_examples=6_400, schedule="cosine", b2=0.99
             ),
             train=TrainConfig(
-                examples=192_000,
+                examples=128_000,
                 batch=64,
                 ema=5_000,
                 log_every=3_200,
-                save_every=48_000,
+                save_every=32_000,
             ),
             sampling=SamplingConfig(steps=20, guidance=3.0, batch=64),
-            eval=EvalConfig(every=48_000, prompts="scenes:simple?count=128", shown=32),
+            eval=EvalConfig(every=32_000, prompts="scenes:simple?count=128", shown=32),
         )
     )

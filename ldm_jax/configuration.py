@@ -87,10 +87,15 @@ def settings(cls: type, path: str = "") -> Iterator[Setting]:
 
 
 def to_config_dict(config: Any) -> config_dict.ConfigDict:
-    """The dataclass as a locked `ConfigDict`; rows that are not chosen appear with defaults."""
+    """The dataclass as a locked `ConfigDict`; rows that are not chosen appear with defaults.
+
+    Raises:
+      ValueError: a value is not of its field's type.
+    """
     result = config_dict.ConfigDict()
     for field, kind in _typed_fields(type(config)):
-        result[field.name] = _as_entry(getattr(config, field.name), field, kind)
+        value, path = getattr(config, field.name), f"{type(config).__name__}.{field.name}"
+        result[field.name] = _as_entry(value, field, kind, path)
     return result.lock()
 
 
@@ -183,7 +188,7 @@ def _typed_fields(cls: type) -> list[tuple[dataclasses.Field, Any]]:
     return [(field, hints[field.name]) for field in dataclasses.fields(cls) if field.init]
 
 
-def _as_entry(value: Any, field: dataclasses.Field, kind: Any) -> Any:
+def _as_entry(value: Any, field: dataclasses.Field, kind: Any, path: str) -> Any:
     if registry := field.metadata.get("registry"):
         chosen = _name_in(registry, value)
         rows = {name: value if name == chosen else row() for name, row in registry.items()}
@@ -191,7 +196,9 @@ def _as_entry(value: Any, field: dataclasses.Field, kind: Any) -> Any:
         return config_dict.ConfigDict({"name": chosen, **branches})
     if dataclasses.is_dataclass(kind):
         return to_config_dict(value)
-    members = typing.get_args(kind)
+    if (names := field.metadata.get("names")) is not None:
+        return check_name(value, names, path)
+    value, members = conform(value, kind, path), typing.get_args(kind)
     if type(None) in members:
         return config_dict.FieldReference(value, field_type=_placeholder_type(members))
     return value
@@ -321,7 +328,7 @@ def _comments(cls: type) -> dict[str, str]:
     result = {}
     for node in ast.parse(source).body[0].body:
         if isinstance(node, ast.AnnAssign):
-            beside = [comments[node.end_lineno]] if node.end_lineno in comments else []
+            beside = [comments[n] for n in range(node.lineno, node.end_lineno + 1) if n in comments]
             lines = beside or _above(comments, node.lineno)
             result[node.target.id] = " ".join(line.string.lstrip("# ") for line in lines)
     return result

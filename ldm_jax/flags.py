@@ -10,8 +10,11 @@ import argparse
 import ast
 import importlib.util
 import inspect
+import os
 import re
+import shutil
 import sys
+import textwrap
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from importlib.machinery import ModuleSpec
@@ -24,6 +27,7 @@ from ml_collections import config_dict
 from ldm_jax import configuration
 from ldm_jax.configuration import Setting
 
+HELP_COLUMN = 46
 CONFIG_FILE = "config.json"  # what a run's directory keeps its config in
 _MISSING_KEY = re.compile(r"^(Key \W)?(?P<key>\w+)(\W does not exist|$)")
 _NEAREST_KEY = re.compile(r"Did you mean \W(\w+)")
@@ -53,6 +57,9 @@ def run_command(
         flags = parse(sys.argv[1:], cls, description=description, add_flags=add_flags)
     except UsageError as error:
         _fail(error, 2)
+    except BrokenPipeError:  # the reader of --help has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
     try:
         main(flags)
     except KeyboardInterrupt:
@@ -79,7 +86,7 @@ def parse(
     overrides, rest = _split(argv)
     parser = _parser(description, cls, add_flags)
     if "--help" in rest or "-h" in rest:
-        print(_help(parser, rest, cls))
+        print(_help(parser, rest, cls), flush=True)
         sys.exit(0)
     flags, unknown = parser.parse_known_args(rest)
     if unknown or (overrides and cls is None):
@@ -290,11 +297,19 @@ def _setting_lines(config: config_dict.ConfigDict, cls: type) -> Iterator[str]:
         value = config
         for key in setting.path.split("."):
             value = value[key]
-        allowed = (
-            " | ".join(setting.names) if setting.names else configuration.kind_name(setting.kind)
-        )
-        shown = f"--config.{setting.path}={value}"
-        yield f"\n  {shown:<44} {f'{setting.help} [{allowed}]'.strip()}"
+        names, kind = setting.names, configuration.kind_name(setting.kind)
+        allowed = " | ".join(names) if names else kind
+        yield _row(f"--config.{setting.path}={value}", f"{setting.help} [{allowed}]".strip())
+
+
+def _row(left: str, right: str) -> str:
+    """Two columns; the right one is wrapped, and begins a line lower where the left one is long."""
+    width = max(80, shutil.get_terminal_size((100, 24)).columns)
+    lines = textwrap.wrap(right, width - HELP_COLUMN, break_on_hyphens=False)
+    head = f"  {left}"
+    if len(head) < HELP_COLUMN:
+        head, lines = f"{head:<{HELP_COLUMN}}{lines[0]}", lines[1:]
+    return "\n".join(["", head, *(" " * HELP_COLUMN + line for line in lines)])
 
 
 def _sentence(error: BaseException) -> str:

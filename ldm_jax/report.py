@@ -3,15 +3,15 @@
 What it reads in the run's directory, each part where it is there:
 
     config.json        the run's config
-    metrics.jsonl      a line a logging period: {"examples": 5000, "step": 78, "loss": 0.31, ...}
-    evaluations.jsonl  a line an evaluation: {"examples": 20000, "weights": "ema",
-                       "scores": {name: [value, low, high, count]}, "validation": {"0.1": loss, ...},
-                       "samples": "samples/000020000.png", "columns": 8}
-    prompts.json       of the images in a grid, row by row: [{"prompt": "...", "held_out": true}, ...]
-    references.json    what a score can be held against: {"untrained": {name: [...]}, ...}
-    record.json        the `RunRecord` of the finished run
+    metrics.jsonl      scalars by examples seen: {"examples": 5000, "step": 78, "loss": 0.31, ...}
+    evaluations.jsonl  one an evaluation: {"examples": 20000, "scores": {name: [value, low, high, count]},
+                       "validation": {"0.1": loss, ...}, "samples": "samples/000000020000.png"}
+    samples/*.png      the first images of an evaluation as `evals.image_grids` lays them; true.png: the truth
+    prompts.json       their prompts: [{"prompt": "...", "group": "held out"}, ...]
+    references.json    scores to hold the run's against: {"untrained": {name: [...]}, ...}
+    record.jsonl       the `RunRecord` of the finished run
 
-A run that was killed and continued repeats lines: of one count of examples, the last line counts.
+A run that was killed and continued repeats lines: for one count of examples, the last value counts.
 """
 
 import argparse
@@ -24,20 +24,23 @@ from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from string import Template
-from typing import Any, NamedTuple
+from typing import Any
 
 import matplotlib
 import numpy as np
+from einops import rearrange
 from matplotlib.axes import Axes
 from PIL import Image
 
 from ldm_jax.flags import run_command
 from ldm_jax.scaling import plots
+from ldm_jax.scaling.records import RunRecord, read_records
 from ldm_jax.types import Estimate
 
 Line = dict[str, Any]
 
 PARTS = ("config.json", "metrics.jsonl", "evaluations.jsonl", "prompts.json", "references.json")
+COLUMNS, GAP = 8, 2  # of a grid: images in a row, and white pixels around each
 MAX_SHEETS = 12  # grids on the page, evenly over the run
 MAX_TILE = 160  # pixels of an image's side on the page
 CHART = (4.2, 2.6)  # inches
@@ -53,7 +56,7 @@ class Run:
     evaluations: list[Line]
     prompts: list[Line]
     references: Mapping[str, Mapping[str, list[int | float]]]
-    record: Line
+    record: RunRecord | None
 
 
 def read_run(workdir: Path) -> Run:
@@ -74,7 +77,7 @@ def read_run(workdir: Path) -> Run:
         evaluations=_read_lines(workdir / "evaluations.jsonl"),
         prompts=_read_json(workdir / "prompts.json", []),
         references=_read_json(workdir / "references.json", {}),
-        record=_read_json(workdir / "record.json", {}),
+        record=_last_record(workdir / "record.jsonl"),
     )
 
 
@@ -118,23 +121,28 @@ def _read_json(path: Path, absent: Any) -> Any:
 
 
 def _read_lines(path: Path) -> list[Line]:
-    """The lines in the order of examples; of equal counts the last, and none that is unfinished."""
+    """The lines by examples, those of one count merged into one; none that is unfinished."""
     lines: dict[int, Line] = {}
     for text in path.read_text().splitlines() if path.is_file() else ():
         try:
             line = json.loads(text)
         except ValueError:
             continue
-        lines[line["examples"]] = line
+        lines[line["examples"]] = lines.get(line["examples"], {}) | line
     return [lines[examples] for examples in sorted(lines)]
+
+
+def _last_record(path: Path) -> RunRecord | None:
+    records = read_records(path) if path.is_file() else []
+    return max(records, key=lambda record: record.examples, default=None)
 
 
 def _summary(run: Run) -> str:
     seen = max((line["examples"] for line in run.metrics + run.evaluations), default=0)
     parts = [f"{_short(seen)} examples"]
     if run.record:
-        network = f"{_short(run.record['params'])} parameters"
-        parts = [network, *parts, f"{_duration(run.record['seconds'])} on {run.record['chips']}"]
+        network = f"{_short(run.record.params)} parameters"
+        parts = [network, *parts, f"{_duration(run.record.seconds)} on {run.record.chips}"]
     return " · ".join(parts)
 
 
@@ -143,15 +151,22 @@ def _samples(run: Run) -> tuple[str, str]:
     found = [line for line in run.evaluations if (run.workdir / line.get("samples", "-")).is_file()]
     if not found:
         return "", _missing("No evaluation of this run has left a grid of images.")
-    columns = found[-1]["columns"]
-    shown = [line for line in _spread(found, MAX_SHEETS) if line["columns"] == columns]
-    sheets = [_sheet(run.workdir / line["samples"], columns) for line in shown]
+    chosen = _spread(found, MAX_SHEETS)
+    paths = [run.workdir / line["samples"] for line in chosen]
+    labels = [f"after {line['examples']:,} examples" for line in chosen]
+    last = len(chosen) - 1
+    if (truth := run.workdir / "samples" / "true.png").is_file():
+        paths.append(truth)
+        labels.append("true images")
+    sheets = [sheet(path) for path in paths]
     styles = "\n".join(
-        f"  .sheet{i} .tile {{ background-image: url(data:image/png;base64,{sheet.data}); }}"
-        for i, sheet in enumerate(sheets)
+        f"  .sheet{i} .tile {{ background-image: url(data:image/png;base64,{_png(image)}); }}"
+        for i, image in enumerate(sheets)
     )
-    labels = [f"after {line['examples']:,} examples" for line in shown]
-    return styles, _slider(labels) + _gallery(run.prompts, columns, sheets[-1].rows, labels)
+    gallery = _gallery(run, sheets[last].height * COLUMNS // sheets[last].width)
+    data = html.escape(json.dumps(labels))
+    shown = f'<div class="sheet{last}" data-labels="{data}">{gallery}</div>'
+    return styles, _slider(labels, last) + shown
 
 
 def _spread(lines: list[Line], count: int) -> list[Line]:
@@ -160,53 +175,50 @@ def _spread(lines: list[Line], count: int) -> list[Line]:
     return [lines[i] for i in chosen]
 
 
-class _Sheet(NamedTuple):
-    data: str
-    rows: int
-
-
-def _sheet(path: Path, columns: int) -> _Sheet:
-    """A grid's PNG as base64, its images no larger than the page shows them."""
+def sheet(path: Path) -> Image.Image:
+    """A grid without its gaps, its images no larger than the page shows them."""
     with Image.open(path) as image:
-        tile = image.width // columns
-        rows = max(1, image.height // tile)
-        if tile > MAX_TILE:
-            image = image.resize((columns * MAX_TILE, rows * MAX_TILE), Image.Resampling.LANCZOS)
-        stream = io.BytesIO()
-        image.save(stream, format="PNG", optimize=True)
-    return _Sheet(base64.b64encode(stream.getvalue()).decode(), rows)
+        pixels = np.asarray(image.convert("RGB"))[GAP:, GAP:]
+    side = pixels.shape[1] // COLUMNS
+    tiles = rearrange(pixels, "(r h) (c w) rgb -> r h c w rgb", h=side, w=side)
+    tiles = tiles[:, : side - GAP, :, : side - GAP]
+    joined = Image.fromarray(rearrange(tiles, "r h c w rgb -> (r h) (c w) rgb"))
+    joined.thumbnail((COLUMNS * MAX_TILE, joined.height), Image.Resampling.LANCZOS)
+    return joined
 
 
-def _slider(labels: list[str]) -> str:
-    last = len(labels) - 1
+def _png(image: Image.Image) -> str:
+    stream = io.BytesIO()
+    image.save(stream, format="PNG", optimize=True)
+    return base64.b64encode(stream.getvalue()).decode()
+
+
+def _slider(labels: list[str], value: int) -> str:
     return (
-        f'<div class="time"><input type="range" min="0" max="{last}" value="{last}" '
-        f'aria-label="examples seen"><output>{labels[-1]}</output></div>'
+        f'<div class="time"><input type="range" min="0" max="{len(labels) - 1}" value="{value}" '
+        f'aria-label="examples seen"><output>{labels[value]}</output></div>'
     )
 
 
-def _gallery(prompts: list[Line], columns: int, rows: int, labels: list[str]) -> str:
-    """The tiles with their prompts, those with held-out combinations first."""
-    named = prompts or [{"prompt": ""}] * (columns * rows)
-    tiles = list(enumerate(named[: columns * rows]))
-    parts = []
-    for held_out, heading in ((True, "Held-out prompts"), (False, "Other prompts")):
-        group = [
-            (i, line["prompt"]) for i, line in tiles if line.get("held_out", False) == held_out
-        ]
-        if group:
-            parts.append(f"<h3>{heading}</h3>" if prompts else _missing("No prompts.json."))
-            figures = "".join(_tile(i, columns, rows, prompt) for i, prompt in group)
-            parts.append(f'<div class="gallery">{figures}</div>')
-    data = html.escape(json.dumps(labels))
-    return f'<div class="sheet{len(labels) - 1}" data-labels="{data}">{"".join(parts)}</div>'
+def _gallery(run: Run, rows: int) -> str:
+    """The tiles under their prompts, by group."""
+    count = min(COLUMNS * rows, run.config.get("eval", {}).get("shown", COLUMNS * rows))
+    prompts = run.prompts or [{"prompt": ""}] * count
+    tiles: dict[str, list[str]] = {}
+    for i, line in enumerate(prompts[:count]):
+        tiles.setdefault(line.get("group", ""), []).append(_tile(i, rows, line["prompt"]))
+    parts = [] if run.prompts else [_missing("No prompts.json.")]
+    for group in sorted(tiles):
+        parts.append(f"<h3>prompts: {html.escape(group)}</h3>" if group else "")
+        parts.append(f'<div class="gallery">{"".join(tiles[group])}</div>')
+    return "".join(parts)
 
 
-def _tile(index: int, columns: int, rows: int, prompt: str) -> str:
-    """One place of the grid, as a window on the grid that is `columns` times as wide."""
-    row, column = divmod(index, columns)
-    x, y = 100 * column / max(1, columns - 1), 100 * row / max(1, rows - 1)
-    place = f"background-size: {100 * columns}% {100 * rows}%; background-position: {x:g}% {y:g}%"
+def _tile(index: int, rows: int, prompt: str) -> str:
+    """One place of the grid, as a window on the grid that is `COLUMNS` times as wide."""
+    row, column = divmod(index, COLUMNS)
+    x, y = 100 * column / (COLUMNS - 1), 100 * row / max(1, rows - 1)
+    place = f"background-size: {100 * COLUMNS}% {100 * rows}%; background-position: {x:g}% {y:g}%"
     return (
         f'<figure><div class="tile" style="{place}"></div>'
         f"<figcaption>{html.escape(prompt)}</figcaption></figure>"
@@ -218,22 +230,31 @@ def _scores(run: Run) -> str:
     if not scored:
         return _missing("This run has not been evaluated.")
     names = list(dict.fromkeys(name for line in scored for name in line["scores"]))
-    charts = "".join(_chart(name, partial(_paint_score, run, scored, name)) for name in names)
     columns = {"this run": scored[-1]["scores"], **run.references}
     rows = [[name, *(_estimate(scores.get(name)) for scores in columns.values())] for name in names]
     note = "" if run.references else _missing("No references.json to hold the scores against.")
+    bases = dict.fromkeys(name.partition("/")[0] for name in names)
+    charts = "".join(_chart(base, partial(_paint_score, run, scored, base)) for base in bases)
     return _table(["", *columns], rows) + note + f'<div class="charts">{charts}</div>'
 
 
-def _paint_score(run: Run, scored: list[Line], name: str, axes: Axes) -> None:
-    lines = [line for line in scored if name in line["scores"]]
-    x = [line["examples"] for line in lines]
-    estimates = [Estimate(*line["scores"][name]) for line in lines]
-    band = [e.low for e in estimates], [e.high for e in estimates]
-    plots.curve(axes, x, [e.value for e in estimates], color=plots.BLUE, band=band)
+def _paint_score(run: Run, scored: list[Line], base: str, axes: Axes) -> None:
+    """A score with its band, the same on each group of prompts, and what to hold it against."""
+    names = [name for name in scored[-1]["scores"] if name.partition("/")[0] == base]
+    groups = [name for name in names if name != base and not name.endswith("/gap")]
+    for name, color in zip([base, *groups], (plots.BLUE, plots.GREEN, plots.ORANGE), strict=False):
+        lines = [line for line in scored if name in line["scores"]]
+        x = [line["examples"] for line in lines]
+        estimates = [Estimate(*line["scores"][name]) for line in lines]
+        band = [e.low for e in estimates], [e.high for e in estimates]
+        label = name.partition("/")[2] or "all"
+        y = [e.value for e in estimates]
+        plots.curve(axes, x, y, color=color, label=label, band=band if name == base else None)
     for label, scores in run.references.items():
-        if name in scores:
-            plots.level(axes, scores[name][0], label)
+        if base in scores:
+            plots.level(axes, scores[base][0], label)
+    if groups:
+        axes.legend()
     plots.examples_axis(axes)
 
 
@@ -291,19 +312,19 @@ def _paint_validation(lines: list[Line], axes: Axes) -> None:
 
 
 def _costs(run: Run) -> str:
-    if not run.record:
-        return _missing("No record.json: this run has not finished.")
+    if run.record is None:
+        return _missing("No record.jsonl: this run has not finished.")
     record = run.record
     rows = [
-        ["parameters", f"{record['params']:,}"],
-        ["examples", f"{record['examples']:,}"],
-        ["GFLOPs per example", f"{record['flops'] / record['examples'] / 1e9:,.4g}"],
-        ["FLOPs in all", f"{record['flops']:.3g}"],
-        ["time", _duration(record["seconds"])],
-        ["examples per second", f"{record['examples'] / record['seconds']:,.4g}"],
-        ["chips", html.escape(record["chips"])],
-        ["commit", html.escape(record["commit"] or "unknown")],
-        ["seed", str(record["seed"])],
+        ["parameters", f"{record.params:,}"],
+        ["examples", f"{record.examples:,}"],
+        ["GFLOPs per example", f"{record.flops / record.examples / 1e9:,.4g}"],
+        ["FLOPs in all", f"{record.flops:.3g}"],
+        ["time", _duration(record.seconds)],
+        ["examples per second", f"{record.examples / record.seconds:,.4g}"],
+        ["chips", html.escape(record.chips)],
+        ["commit", html.escape(record.commit or "unknown")],
+        ["seed", str(record.seed)],
     ]
     return _table([], rows)
 

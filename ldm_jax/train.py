@@ -7,6 +7,7 @@ Killed at any moment, the same command continues from the last checkpoint and en
 """
 
 import argparse
+import dataclasses
 import fnmatch
 import json
 import logging
@@ -26,7 +27,7 @@ from ldm_jax.evals.prompts import Prompts, read_prompts
 from ldm_jax.flags import CONFIG_FILE, run_command
 from ldm_jax.models.flops import traced_flops
 from ldm_jax.nn.functional import Functional
-from ldm_jax.scaling.records import RunRecord, append_record
+from ldm_jax.scaling.records import RunRecord
 from ldm_jax.training import Every, Hook, State, Tick, fit, prefetch
 from ldm_jax.training.checkpoints import Checkpoints
 from ldm_jax.training.hooks import Guard, Metrics, Profiler, Progress, Save, tensorboard
@@ -37,7 +38,8 @@ def main(flags: argparse.Namespace) -> None:
     """Trains, from scratch or from the last checkpoint in the working directory."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
     config, workdir = flags.config, flags.workdir
-    jax.config.update("jax_compilation_cache_dir", str(workdir / "compiled"))
+    if jax.config.jax_compilation_cache_dir is None:  # else it is the user's
+        jax.config.update("jax_compilation_cache_dir", str(workdir / "compiled"))
     claim(config, workdir)
     pretrained, mesh = build.load_pretrained(config), build.mesh_of(config)
     loader = build.make_loader(config, workdir, pretrained)
@@ -72,7 +74,8 @@ def main(flags: argparse.Namespace) -> None:
         )
     finally:
         loader.close()
-    append_record(workdir / "record.jsonl", record(config, workdir, state, flops))
+    result = dataclasses.asdict(record(config, workdir, state, flops))
+    write_atomically(workdir / "record.json", json.dumps(result).encode())
 
 
 def claim(config: RunConfig, workdir: Path) -> None:

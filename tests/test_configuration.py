@@ -57,6 +57,12 @@ class Run:
     remat: bool = False
 
 
+@dataclasses.dataclass(frozen=True)
+class Loose:
+    rate: float = 0.1
+    kind: str = one_of(("a", "b"), "a")
+
+
 OTHER = Run(
     network=Network(channels=(1, 2, 3), axes=(), clip=0.5),
     sampler=Multistep(order=3, inner=Euler(churn=0.25)),
@@ -75,6 +81,19 @@ def test_config_dict_and_back_is_the_same_config(run):
 @pytest.mark.parametrize("run", [Run(), OTHER])
 def test_json_and_back_is_the_same_config(run):
     assert from_json(to_json(run), Run) == run
+
+
+def test_int_for_a_float_does_not_make_the_setting_an_int():
+    config = to_config_dict(Loose(rate=1))
+    config.rate = 0.5
+    assert from_config_dict(config, Loose) == Loose(rate=0.5)
+
+
+@pytest.mark.parametrize("wrong", [{"rate": "x"}, {"kind": "c"}])
+def test_wrong_value_in_a_dataclass_is_named(wrong):
+    (name,) = wrong
+    with pytest.raises(ValueError, match=rf"^Loose\.{name} is '"):
+        to_config_dict(Loose(**wrong))
 
 
 def test_config_dict_rejects_unknown_keys_and_other_types():

@@ -212,7 +212,7 @@ def test_command_without_a_config_refuses_settings():
 def run(*argv):
     root = Path(flags.__file__).parent.parent
     command = [sys.executable, "program.py", "--workdir=.", *argv]
-    environment = {"PYTHONPATH": str(root), "COLUMNS": "80"}
+    environment = {"PYTHONPATH": str(root), "COLUMNS": "200"}
     return subprocess.run(command, capture_output=True, text=True, env=environment)
 
 

@@ -8,14 +8,14 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
-from PIL import Image
 
+from ldm_jax.evals.image_grids import save_grid
 from ldm_jax.flags import parse
-from ldm_jax.report import MAX_SHEETS, MAX_TILE, add_flags, main, page, read_run
-from ldm_jax.scaling.records import RunRecord
+from ldm_jax.report import MAX_SHEETS, MAX_TILE, add_flags, main, page, read_run, sheet
+from ldm_jax.scaling.records import RunRecord, append_record
 
 VOID = {"meta", "input", "br", "hr", "img", "link"}
-COLUMNS, ROWS, SIDE = 4, 2, 16
+PROMPTS, SHOWN, SIDE = 20, 14, 16
 COUNTS = range(0, 24_000, 1_000)
 RECORD = RunRecord(
     study="demo",
@@ -67,6 +67,10 @@ def lines(path, rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
+def images(value, side=SIDE):
+    return np.full((SHOWN, side, side, 3), value, np.float32)
+
+
 def evaluation(examples):
     high = 0.3 + examples / 50_000
     return {
@@ -74,11 +78,12 @@ def evaluation(examples):
         "weights": "ema",
         "scores": {
             "faithfulness": [high, high - 0.05, high + 0.05, 64],
+            "faithfulness/seen": [high + 0.02, high - 0.05, high + 0.1, 32],
+            "faithfulness/gap": [0.01, -0.01, 0.02, 64],
             "CLIP <score>": [25 + high, 24 + high, 26 + high, 64],
         },
         "validation": {"0.1": 0.4 - high / 9, "0.5": 0.2 - high / 9, "0.9": 0.1},
-        "samples": f"samples/{examples:09d}.png",
-        "columns": COLUMNS,
+        "samples": f"samples/{examples:012d}.png",
     }
 
 
@@ -86,18 +91,22 @@ def make_run(run):
     """Writes a finished run."""
     (run / "samples").mkdir(parents=True)
     for examples in COUNTS:
-        pixels = np.full((ROWS * SIDE, COLUMNS * SIDE, 3), examples // 100, np.uint8)
-        Image.fromarray(pixels).save(run / f"samples/{examples:09d}.png")
+        save_grid(run / f"samples/{examples:012d}.png", images(examples / 12_000 - 1))
+    save_grid(run / "samples/true.png", images(1.0))
     lines(run / "evaluations.jsonl", [evaluation(examples) for examples in COUNTS])
     metrics = [{"examples": n, "step": n // 10, "loss": 1 / (1 + n)} for n in range(0, 23_000, 500)]
     lines(run / "metrics.jsonl", metrics)
-    prompts = [{"prompt": f"a <b>prompt</b> {i}", "held_out": i < 3} for i in range(COLUMNS * ROWS)]
+    prompts = [
+        {"prompt": f"a <b>prompt</b> {i}", "group": ("seen", "held out")[i % 2]}
+        for i in range(PROMPTS)
+    ]
     (run / "prompts.json").write_text(json.dumps(prompts))
     references = {"untrained": {"faithfulness": [0.25, 0.2, 0.3, 64]}}
     (run / "references.json").write_text(json.dumps(references))
-    config = {"seed": 0, "sampler": {"name": "ddim", "ddim": {"eta": 0.0}}}
+    config = {"eval": {"shown": SHOWN}, "sampler": {"name": "ddim", "ddim": {"eta": 0.0}}}
     (run / "config.json").write_text(json.dumps(config))
-    (run / "record.json").write_text(json.dumps(dataclasses.asdict(RECORD)))
+    append_record(run / "record.jsonl", dataclasses.replace(RECORD, examples=10))
+    append_record(run / "record.jsonl", RECORD)
     return run
 
 
@@ -135,6 +144,7 @@ def test_page_shows_every_score_with_interval_and_reference(shown):
     assert (
         f"faithfulness {value:.3g} {value - 0.05:.3g} to {value + 0.05:.3g}, n = 64" in shown.text
     )
+    assert "faithfulness/gap 0.01 -0.01 to 0.02, n = 64" in shown.text
     assert "0.25 0.2 to 0.3, n = 64" in shown.text
     assert "CLIP <score> 25.8 24.8 to 26.8, n = 64 not known" in shown.text
     assert shown.tags.count("svg") == 4
@@ -142,18 +152,20 @@ def test_page_shows_every_score_with_interval_and_reference(shown):
     assert labels[1:] == ["faithfulness", "CLIP <score>", "training", "validation, by noise level"]
 
 
-def test_page_shows_each_prompt_once_and_held_out_ones_first(shown):
-    found = [piece for piece in shown.shown if piece.startswith("a <b>prompt</b> ")]
-    assert found == [f"a <b>prompt</b> {i}" for i in range(COLUMNS * ROWS)]
-    assert shown.shown.index("Held-out prompts") < shown.shown.index(found[0])
-    assert shown.shown.index("Other prompts") == shown.shown.index(found[3]) - 1
+def test_page_shows_each_prompt_that_has_an_image_once_by_group(shown):
+    found = [piece for piece in shown.shown if piece.startswith(("a <b>prompt", "prompts: "))]
+    odd = [f"a <b>prompt</b> {i}" for i in range(1, SHOWN, 2)]
+    even = [f"a <b>prompt</b> {i}" for i in range(0, SHOWN, 2)]
+    assert found == ["prompts: held out", *odd, "prompts: seen", *even]
 
 
 def test_grids_are_spread_over_the_run_from_first_to_last(text, shown):
-    assert text.count("data:image/png;base64,") == MAX_SHEETS
+    assert text.count("data:image/png;base64,") == MAX_SHEETS + 1
     (labels,) = [value for key, value in shown.attributes if key == "data-labels"]
     labels = json.loads(labels)
-    assert (labels[0], labels[-1]) == ("after 0 examples", "after 23,000 examples")
+    assert labels[0] == "after 0 examples"
+    assert labels[-2:] == ["after 23,000 examples", "true images"]
+    assert "after 23,000 examples" in shown.shown
 
 
 def test_page_shows_costs_and_settings(shown):
@@ -191,13 +203,13 @@ def test_run_without_evaluations_says_so(workdir):
 
 
 def test_each_missing_file_is_said_in_its_place(workdir):
-    for name in ("metrics.jsonl", "prompts.json", "references.json", "record.json", "config.json"):
+    for name in ("metrics.jsonl", "prompts.json", "references.json", "record.jsonl", "config.json"):
         (workdir / name).unlink()
     shown = outline(workdir).text
     assert "No line of metrics.jsonl has a loss." in shown
     assert "No prompts.json." in shown
     assert "No references.json to hold the scores against." in shown
-    assert "No record.json: this run has not finished." in shown
+    assert "No record.jsonl: this run has not finished." in shown
     assert "No config.json." in shown
 
 
@@ -208,9 +220,9 @@ def test_run_that_has_only_begun_has_a_page(tmp_path):
 
 
 def test_images_larger_than_the_page_shows_are_made_smaller(workdir):
-    noise = np.random.default_rng(0).integers(0, 255, (512 * ROWS, 512 * COLUMNS, 3), np.uint8)
-    Image.fromarray(noise).save(workdir / f"samples/{COUNTS[-1]:09d}.png")
-    assert len(page(read_run(workdir))) < MAX_TILE**2 * COLUMNS * ROWS * 3 * 1.5
+    noise = np.random.default_rng(0).uniform(-1, 1, (SHOWN, 512, 512, 3))
+    save_grid(workdir / f"samples/{COUNTS[-1]:012d}.png", noise)
+    assert len(page(read_run(workdir))) < MAX_TILE**2 * 16 * 3 * 1.5
 
 
 def test_directories_without_a_run_are_refused(tmp_path):
@@ -233,3 +245,14 @@ def test_command_writes_the_page_into_the_run(workdir, capsys):
     main(parse([f"--workdir={workdir}", f"--output={workdir}/x.html"], add_flags=add_flags))
     assert (workdir / "x.html").is_file()
     assert not list(workdir.glob("*.partial"))
+
+
+def test_tiles_are_the_images_without_the_gaps(tmp_path):
+    values = 17 * np.arange(11)
+    colors = (values / 127.5 - 1).astype(np.float32)[:, None, None, None]
+    save_grid(tmp_path / "grid.png", np.broadcast_to(colors, (11, SIDE, SIDE, 3)))
+    pixels = np.asarray(sheet(tmp_path / "grid.png"))
+    assert pixels.shape == (2 * SIDE, 8 * SIDE, 3)
+    found = pixels.reshape(2, SIDE, 8, SIDE, 3).transpose(0, 2, 1, 3, 4).reshape(16, -1)
+    expected = np.append(values, [255] * 5)
+    np.testing.assert_array_equal(found, np.broadcast_to(expected[:, None], found.shape))

@@ -26,7 +26,7 @@ from ldm_jax.models.tokenizer import Tokenizer
 from ldm_jax.nn.functional import functional
 from ldm_jax.types import Images, Params, Tokens
 
-BATCH, LEARNING_RATE = 128, 2e-3
+BATCH, LEARNING_RATE = 64, 2e-3
 VISION = CLIPVisionConfig(
     hidden_size=64,
     intermediate_size=256,

@@ -63,7 +63,7 @@ def train(assets: Path, steps: int) -> None:
         return value, {"loss": value, "accuracy": accuracy}
 
     def save(params: Params) -> None:
-        config = {"model_type": "reader", **dataclasses.asdict(CONFIG)}
+        config = dataclasses.asdict(CONFIG)
         weights.save(assets / "reader", params, names.Names(), config, dtype="float16")
 
     data = batches(prepare, BATCH)

@@ -170,7 +170,7 @@ def _distance(kind: str, u: Row, v: Column, r: float) -> Float[np.ndarray, "rows
     )  # a cross is the union of two bars
 
 
-def _shade(texture: str, u: Row, v: Column) -> Float[np.ndarray, "rows columns 1"]:
+def _shade(texture: str, u: Row, v: Column) -> Float[np.ndarray, "_ _ 1"]:
     """How much of its colour each pixel of an object keeps."""
     if texture == "plain":
         return np.ones((1, 1, 1), np.float32)

@@ -6,10 +6,12 @@ its size or the devices it lies on.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Key, UInt32
+import numpy as np
+from jaxtyping import Array, Float, UInt32
 
 from ldm_jax.types import Arr, Keys
 
@@ -29,7 +31,7 @@ class Independent:
     """Uniforms on (0, 1), each from its example's key."""
 
     def __call__(self, keys: Keys, index: UInt32[Arr, " B"]) -> Float[Array, " B"]:
-        return _open_uniform(jax.vmap(_bits)(keys))
+        return _open_uniform(jax.vmap(partial(jax.random.bits, dtype=jnp.uint32))(keys))
 
 
 @dataclass(frozen=True)
@@ -44,12 +46,8 @@ class Weyl:
     seed: int = 0
 
     def __call__(self, keys: Keys, index: UInt32[Arr, " B"]) -> Float[Array, " B"]:
-        offset = _bits(jax.random.key(self.seed))
+        offset = np.random.SeedSequence(self.seed).generate_state(1)[0]
         return _open_uniform(jnp.asarray(index) * jnp.uint32(_GOLDEN) + offset)
-
-
-def _bits(key: Key[Array, ""]) -> UInt32[Array, ""]:
-    return jax.random.bits(key, dtype=jnp.uint32)
 
 
 def _open_uniform(bits: UInt32[Array, " B"]) -> Float[Array, " B"]:

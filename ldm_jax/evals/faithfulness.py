@@ -16,9 +16,7 @@ from scipy.special import softmax
 from ldm_jax.data.scenes import (
     ATTRIBUTES,
     BACKGROUNDS,
-    COLUMNS,
     KINDS,
-    ROWS,
     Scene,
     relations,
 )
@@ -127,7 +125,7 @@ def answer(question: Question, logits: Float[np.ndarray, " outputs"]) -> str:
 
 def _relation(question: Question, logits: Float[np.ndarray, " outputs"]) -> list[float]:
     """Probabilities that the first thing comes before or after the second one, from both things' places."""
-    name, values = ("column", COLUMNS) if "left of" in question.choices else ("row", ROWS)
+    name = "column" if "left of" in question.choices else "row"
     first, second = (
         softmax(logits[SLICES[kind, name]]) for kind in (question.kind, question.other)
     )

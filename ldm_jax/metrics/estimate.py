@@ -1,6 +1,6 @@
 """Scores with intervals: 95%, percentile bootstrap over prompts (Efron 1979)."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from jaxtyping import Float
@@ -42,7 +42,9 @@ def by_group(
     return scores
 
 
-def _bootstrap(samples: Sequence[Float[np.ndarray, " n"]], statistic) -> Estimate:
+def _bootstrap(
+    samples: Sequence[Float[np.ndarray, " n"]], statistic: Callable[..., np.ndarray]
+) -> Estimate:
     value, count = float(statistic(*samples, axis=0)), sum(map(len, samples))
     if min(map(len, samples)) == 1:
         return Estimate(value, float("nan"), float("nan"), count)

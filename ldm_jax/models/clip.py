@@ -129,15 +129,13 @@ class CLIPConfig:
 
     def to_transformers(self) -> dict[str, Any]:
         """The content of the `config.json` that transformers' CLIPModel reads."""
-        towers = {"text_config": self.text, "vision_config": self.vision}
+        shared = {"projection_dim": self.projection_dim}
         return {
             "architectures": ["CLIPModel"],
             "model_type": "clip",
-            "projection_dim": self.projection_dim,
-            **{
-                name: {**tower.to_transformers(), "projection_dim": self.projection_dim}
-                for name, tower in towers.items()
-            },
+            "text_config": {**self.text.to_transformers(), **shared},
+            "vision_config": {**self.vision.to_transformers(), **shared},
+            **shared,
         }
 
 

@@ -5,6 +5,7 @@ multiple-choice questions about an image. What its outputs mean is the business 
 """
 
 import dataclasses
+import itertools
 from typing import Any
 
 import jax
@@ -45,7 +46,7 @@ class Reader(nnx.Module):
         kinds = {"dtype": jnp.dtype(config.dtype), "rngs": rngs}
         self.convs = nnx.List(
             nnx.Conv(i, o, (3, 3), strides=2, padding=1, **kinds)
-            for i, o in zip(widths[:-1], widths[1:], strict=True)
+            for i, o in itertools.pairwise(widths)
         )
         self.norms = nnx.List(nnx.GroupNorm(o, num_groups=8, **kinds) for o in config.channels)
         side = config.size >> len(config.channels)

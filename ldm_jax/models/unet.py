@@ -98,9 +98,7 @@ class TransformerBlock(nnx.Module):
         self.attn2 = Attention(width, text_width, num_heads, dtype, rngs)
         self.ff = GEGLU(width, dtype, rngs)
 
-    def __call__(
-        self, x: Float[Arr, "B N D"], text: KeysValues, mask: Mask
-    ) -> Float[Arr, "B N D"]:
+    def __call__(self, x: Float[Arr, "B N D"], text: KeysValues, mask: Mask) -> Float[Arr, "B N D"]:
         h = self.norm1(x)
         x += self.attn1(h, self.attn1.keys_values(h))
         x += self.attn2(self.norm2(x), text, mask)

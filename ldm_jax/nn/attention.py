@@ -46,7 +46,7 @@ def _best(q: Q, mask: Mask) -> str:
 
 
 def _xla(q: Q, k: KV, v: KV, mask: Mask, causal: bool) -> Q:
-    """Heads first and the division last: on CPUs two to three times as fast as jax.nn's, gradients included."""
+    """Heads first and the division last: on CPUs up to three times as fast as jax.nn's, from 256 tokens on."""
     q_BKNA, k_BKLA, v_BKLA = (jnp.moveaxis(x, 2, 1) for x in (q, k, v))
     score_BKNL = jnp.matmul(q_BKNA, k_BKLA.mT, preferred_element_type=jnp.float32)
     score_BKNL = _hide(score_BKNL, mask, causal)

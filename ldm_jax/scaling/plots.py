@@ -100,9 +100,9 @@ def level(axes: Axes, y: int | float, label: str) -> None:
 
 
 def _element(document: str, title: str) -> str:
-    """The element alone: without prolog and namespaces, which HTML does not want, and group ids."""
+    """The element alone: without prolog and namespaces, which HTML does not want, and running ids."""
     element = document[document.index("<svg") :]
     element = re.sub(r' xmlns(:xlink)?="[^"]*"', "", element)
-    element = re.sub(r'<g id="[^"]*">', "<g>", element)
+    element = re.sub(r' id="[\w.]+_\d+"', "", element)
     label = html.escape(title, quote=True)
     return element.replace("<svg", f'<svg role="img" aria-label="{label}"', 1)

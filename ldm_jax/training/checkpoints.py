@@ -33,8 +33,8 @@ _COMMITTED = "commit_success.txt"  # the last file that Orbax writes, on every f
 
 
 def _not_from_orbax(record: logging.LogRecord) -> bool:
-    """Drops the pages that Orbax's threads log of a failure, which `wait` reports in a sentence."""
-    return record.exc_info is None or "/orbax/checkpoint/" not in record.pathname
+    """Drops the pages that Orbax logs of a failure: it raises as well, and that is told here."""
+    return "/orbax/checkpoint/" not in record.pathname
 
 
 class _Damaged(Exception):
@@ -54,6 +54,7 @@ class Checkpoints:
         self.directory, self.keep = epath.Path(directory), keep
         self._pending: tuple[int, ocp.AsyncResponse] | None = None
         self._damaged: set[int] = set()
+        logging.getLogger("absl").addFilter(_not_from_orbax)
 
     def save(self, state: State) -> None:
         """Saves the state: copied when this returns, written in the background.
@@ -80,7 +81,6 @@ class Checkpoints:
             )
         with self._explained(examples):
             self._check_room(sum(leaf.nbytes for leaf in leaves.values()))
-            logging.getLogger("absl").addFilter(_not_from_orbax)
             response = ocp.save_async(
                 self._path(examples),
                 _nested(leaves),
@@ -294,8 +294,8 @@ def _some(names: Collection[str]) -> str:
 
 
 def _sentence(error: BaseException) -> str:
-    """The first line of what an error stems from, at a length that can be read."""
+    """What an error stems from, in one line that can be read."""
     while error.__cause__ is not None:
         error = error.__cause__
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__
+    text = " ".join(str(error).partition(" [")[0].split())  # TensorStore appends its whole spec
+    return f"{type(error).__name__}: {text if len(text) < 300 else text[:80] + '...' + text[-200:]}"

@@ -118,15 +118,15 @@ class Metrics(Hook):
 
     `directory/metrics.jsonl` has one object a line, with the examples seen. Lines beyond `since`,
     the examples seen when this run starts, are left from a run that got further than its last
-    checkpoint, and are dropped, as they will be written again. `board` is a clu `MetricWriter`,
-    e.g. of `tensorboard`; its steps are examples.
+    checkpoint, and are dropped, as they will be written again; a run that starts afresh drops all.
+    `board` is a clu `MetricWriter`, e.g. of `tensorboard`; its steps are examples.
     """
 
     def __init__(self, directory: epath.PathLike, period: int, board: Any, since: int = 0) -> None:
         self._path, self._period, self._board = epath.Path(directory), period, board
         self._path.mkdir(parents=True, exist_ok=True)
         self._path /= "metrics.jsonl"
-        self._path.write_text("".join(_lines_until(self._path, since)))
+        self._path.write_text("".join(_lines_until(self._path, since)) if since else "")
         self._late = Late()
         self._sums: collections.Counter[str] = collections.Counter()
         self._steps = 0

@@ -38,7 +38,9 @@ AREAS = {
 
 
 def one(kind: str, texture: str = "plain", radius: float = 10.5, x: float = 31.3) -> Scene:
-    return Scene("black", (Thing(kind, "red", "large", texture, "middle", "center", x, 32.6, radius),))
+    return Scene(
+        "black", (Thing(kind, "red", "large", texture, "middle", "center", x, 32.6, radius),)
+    )
 
 
 def coverage(scene: Scene) -> np.ndarray:
@@ -50,7 +52,9 @@ def coverage(scene: Scene) -> np.ndarray:
 @pytest.mark.parametrize("kind", KINDS)
 def test_area_is_that_of_the_outline(kind):
     for radius in (6.5, 10.5):
-        np.testing.assert_allclose(coverage(one(kind, radius=radius)).sum(), AREAS[kind](radius), rtol=0.03)
+        np.testing.assert_allclose(
+            coverage(one(kind, radius=radius)).sum(), AREAS[kind](radius), rtol=0.03
+        )
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "triangle"])
@@ -64,7 +68,9 @@ def test_centroid_is_where_the_graph_says(kind):
 def test_moving_by_a_pixel_moves_the_picture_by_a_pixel():
     for kind, texture in itertools.product(KINDS, TEXTURES):
         moved = render(one(kind, texture, x=32.3))
-        np.testing.assert_allclose(moved[:, 1:].astype(int), render(one(kind, texture))[:, :-1], atol=1)
+        np.testing.assert_allclose(
+            moved[:, 1:].astype(int), render(one(kind, texture))[:, :-1], atol=1
+        )
 
 
 @pytest.mark.parametrize("texture", ["striped", "dotted"])
@@ -84,14 +90,17 @@ def test_a_scene_is_a_function_of_seed_and_index():
 def test_held_out_pairs_never_occur_in_training_and_always_in_their_split():
     for preset in ("simple", "full"):
         train, held_out = (
-            [draw_scene(preset, split, 0, index) for index in range(500)] for split in ("train", "held_out")
+            [draw_scene(preset, split, 0, index) for index in range(500)]
+            for split in ("train", "held_out")
         )
         assert not any(thing.held_out for scene in train for thing in scene.things)
         assert all(any(thing.held_out for thing in scene.things) for scene in held_out)
 
 
 def test_every_kind_and_colour_of_a_held_out_pair_is_trained_apart():
-    pairs = {(t.kind, t.colour) for i in range(2000) for t in draw_scene("simple", "train", 0, i).things}
+    pairs = {
+        (t.kind, t.colour) for i in range(2000) for t in draw_scene("simple", "train", 0, i).things
+    }
     assert pairs == set(itertools.product(KINDS, COLOURS)) - HELD_OUT
     assert {kind for kind, _ in HELD_OUT} == set(KINDS)
 
@@ -107,7 +116,9 @@ def test_presets_bound_the_number_of_objects():
 def test_things_have_kinds_and_places_of_their_own_inside_the_picture():
     for index in range(300):
         things = draw_scene("full", "all", 5, index).things
-        assert len({t.kind for t in things}) == len({(t.row, t.column) for t in things}) == len(things)
+        assert (
+            len({t.kind for t in things}) == len({(t.row, t.column) for t in things}) == len(things)
+        )
         for t in things:
             assert COLUMNS[int(t.x // (64 / 3))] == t.column
             assert ROWS[int(t.y // (64 / 3))] == t.row
@@ -126,7 +137,9 @@ def test_the_dense_caption_tells_the_whole_graph():
         scene = draw_scene("full", "all", 9, index)
         background, told = parse(captions(scene)[0])
         assert background == scene.background
-        assert [row[:4] for row in told] == [(t.size, t.texture, t.colour, t.kind) for t in scene.things]
+        assert [row[:4] for row in told] == [
+            (t.size, t.texture, t.colour, t.kind) for t in scene.things
+        ]
         for row, thing in zip(told, scene.things, strict=True):
             words = set(row[4].split())
             named = {thing.row, thing.column} - {"middle", "center"}

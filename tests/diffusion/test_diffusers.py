@@ -107,8 +107,10 @@ def test_spacings_are_theirs(name, spacing, settings, steps):
     np.testing.assert_array_equal(told[:-1], theirs.timesteps)
 
 
-@pytest.mark.parametrize("predicted", TYPES)
-@pytest.mark.parametrize("eta", [0.0, 0.6])
+@pytest.mark.parametrize(
+    ("predicted", "eta"),
+    [("epsilon", 0.0), ("sample", 0.0), ("v_prediction", 0.0), ("v_prediction", 0.6)],
+)
 def test_ddim_walks_as_theirs_does_for_stable_diffusion(keys, x_1, predicted, eta):
     theirs = scheduler("DDIM", prediction_type=predicted, steps_offset=1, set_alpha_to_one=False)
     noise = noises(keys)
@@ -124,13 +126,12 @@ def test_ddim_walks_as_theirs_does_to_a_clean_end(keys, x_1):
     assert_close(walk(theirs, 25, Trailing(), DDIM(), keys, x_1), expected)
 
 
-@pytest.mark.parametrize("predicted", TYPES)
 @pytest.mark.parametrize(
-    ("name", "spacing"),
+    ("predicted", "name", "spacing"),
     [
-        ("leading", Leading(offset=0, ends_clean=True)),
-        ("trailing", Trailing()),
-        ("linspace", Linspace()),
+        ("epsilon", "leading", Leading(offset=0, ends_clean=True)),
+        ("sample", "linspace", Linspace()),
+        ("v_prediction", "trailing", Trailing()),
     ],
 )
 def test_ddpm_walks_as_theirs(keys, x_1, predicted, name, spacing, monkeypatch):

@@ -47,10 +47,11 @@ def test_independent_uniforms_are_uniform():
 
 
 def test_weyl_is_exact_where_a_float_would_round():
-    index = run_from(2**32 - 3, 6)
-    first = int(jax.random.bits(jax.random.key(0)))
-    exact = [(first + int(i) * 0x9E3779B9) % 2**32 / 2**32 for i in index]
-    np.testing.assert_allclose(drawn(Weyl(), index), exact, atol=2.0**-23)
+    """The fractional parts of i / golden ratio to 2^-32, far beyond the integers that f32 can hold."""
+    index = np.array([0, 1, 2, 10_000_019, 2**31 + 1, 2**32 - 1], np.uint32)
+    u = drawn(Weyl(), index).astype(np.float64)
+    exact = [int(i) * 0x9E3779B9 % 2**32 / 2**32 for i in index]
+    np.testing.assert_allclose((u - u[0]) % 1, exact, atol=2.0**-22)
 
 
 @pytest.mark.parametrize("start", STARTS)

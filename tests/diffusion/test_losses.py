@@ -1,3 +1,6 @@
+from functools import partial
+from itertools import product
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -26,12 +29,12 @@ SHAPE = (8, 8, 4)
 
 
 def batch_of(normal_data, count):
-    index = np.arange(count, dtype=np.uint32)
-    keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(5), index)
-    noise = np.random.default_rng(0).normal(size=(count, *SHAPE)).astype(np.float32)
+    rng = np.random.default_rng(0)
+    noise = rng.normal(size=(count, *SHAPE)).astype(np.float32)
     latents = normal_data.mean + normal_data.std * noise
     text, weight = np.zeros((count, 3), np.int32), np.ones(count, np.float32)
-    return Batch(latents, text, weight, index), keys
+    keys = jax.random.wrap_key_data(rng.integers(2**32, size=(count, 2), dtype=np.uint32))
+    return Batch(latents, text, weight, np.arange(count, dtype=np.uint32)), keys
 
 
 def rows(batch, keys, order):
@@ -43,23 +46,22 @@ def irreducible(normal_data, prediction, point):
     return (determinant(prediction, point) * normal_data.std) ** 2 / normal_data.variance(point)
 
 
-@pytest.mark.parametrize("name", SCHEDULES)
-def test_a_perfect_network_leaves_the_irreducible_loss(normal_data, name):
-    schedule, levels = SCHEDULES[name](), (0.1, 0.5, 0.9)
+def test_a_perfect_network_leaves_the_irreducible_loss(normal_data):
+    levels, cases = (0.1, 0.5, 0.9), list(product(SCHEDULES.values(), PREDICTIONS.values()))
 
     @jax.jit
     def losses_of(batch, keys):
         losses = []
-        for prediction in PREDICTIONS.values():
-            network = normal_data.network(schedule, prediction)
-            settings = {"schedule": schedule, "prediction": prediction, "levels": levels}
+        for schedule, prediction in cases:
+            network = normal_data.network(schedule(), prediction)
+            settings = {"schedule": schedule(), "prediction": prediction, "levels": levels}
             losses.append(make_validation_loss(network, **settings)(None, None, batch, keys))
         return losses
 
     batch, keys = batch_of(normal_data, 64)
     tolerance = 5 * (2 / batch.latents.size) ** 0.5
-    for prediction, losses in zip(PREDICTIONS.values(), losses_of(batch, keys), strict=True):
-        expected = irreducible(normal_data, prediction, schedule(np.array(levels)))
+    for (schedule, prediction), losses in zip(cases, losses_of(batch, keys), strict=True):
+        expected = irreducible(normal_data, prediction, schedule()(np.array(levels)))
         assert losses.shape == (64, 3)
         np.testing.assert_allclose(np.mean(losses, axis=0), expected, rtol=tolerance)
 
@@ -118,29 +120,31 @@ def test_no_time_that_can_be_drawn_gives_an_infinite_weight(prediction, schedule
     assert weight.dtype == np.float32 and np.isfinite(weight).all()
 
 
-@pytest.fixture
-def loss(normal_data):
-    network = normal_data.network(RectifiedFlow(), velocity)
-    return jax.jit(make_loss(network, schedule=RectifiedFlow(), prediction=velocity, draw=Weyl()))
+@partial(jax.jit, static_argnames="data")
+def losses_of(batch, keys, *, data):
+    path = RectifiedFlow()
+    network = data.network(path, velocity)
+    loss = make_loss(network, schedule=path, prediction=velocity, draw=Weyl())
+    return loss(None, None, None, batch, keys)
 
 
-def test_a_batch_in_another_order_has_the_same_losses_bit_for_bit(normal_data, loss):
+def test_a_batch_in_another_order_has_the_same_losses_bit_for_bit(normal_data):
     batch, keys = batch_of(normal_data, 16)
     order = np.random.default_rng(0).permutation(16)
-    permuted = loss(None, None, None, *rows(batch, keys, order))
-    whole = np.asarray(loss(None, None, None, batch, keys))
+    permuted = losses_of(*rows(batch, keys, order), data=normal_data)
+    whole = np.asarray(losses_of(batch, keys, data=normal_data))
     np.testing.assert_array_equal(permuted, whole[order])
 
 
-def test_an_examples_loss_does_not_depend_on_its_company_or_device(normal_data, loss):
+def test_an_examples_loss_does_not_depend_on_its_company_or_device(normal_data):
     """But for the rounding of another compiled program."""
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     placed = jax.NamedSharding(mesh, jax.P("data"))
     batch, keys = batch_of(normal_data, 16)
-    whole = loss(None, None, None, batch, keys)
-    part = loss(None, None, None, *rows(batch, keys, np.array([3, 11, 4])))
+    whole = losses_of(batch, keys, data=normal_data)
+    part = losses_of(*rows(batch, keys, np.array([3, 11, 4])), data=normal_data)
     np.testing.assert_allclose(part, np.asarray(whole)[[3, 11, 4]], rtol=1e-6)
-    spread = loss(None, None, None, *jax.device_put((batch, keys), placed))
+    spread = losses_of(*jax.device_put((batch, keys), placed), data=normal_data)
     np.testing.assert_allclose(spread, whole, rtol=1e-6)
 
 
@@ -165,18 +169,16 @@ def test_text_is_encoded_with_the_frozen_and_prepared_with_the_trained_parameter
     np.testing.assert_allclose(curvature, 2 * np.array([1.0, 2.0, 10.0, 20.0]) ** 2, rtol=1e-4)
 
 
-def test_the_validation_loss_is_the_training_loss_at_its_levels(normal_data):
-    """With a time distribution that is one level, both see the same noise levels."""
+def test_the_validation_loss_is_the_training_loss_at_its_level(normal_data):
+    """A time distribution that is one level makes both look at the same place."""
 
     def apply(params, x, told, context):
         return params * x
 
     batch, keys = batch_of(normal_data, 256)
     settings = {"schedule": RectifiedFlow(), "prediction": velocity}
-    validation = make_validation_loss(apply, levels=(0.2, 0.8), **settings)
-    at_levels = jax.jit(validation)(jnp.float32(0.3), None, batch, keys)
-    at_levels = np.mean(at_levels, axis=0)
-    for level, expected in zip((0.2, 0.8), at_levels, strict=True):
-        train = make_loss(apply, times=lambda u, t=level: jnp.full_like(u, t), **settings)
-        losses = jax.jit(train)(jnp.float32(0.3), None, None, batch, keys)
-        np.testing.assert_allclose(np.mean(losses), expected, rtol=0.03)
+    validate = make_validation_loss(apply, levels=(0.2,), **settings)
+    train = make_loss(apply, times=lambda u: jnp.full_like(u, 0.2), **settings)
+    expected = np.mean(jax.jit(validate)(0.3, None, batch, keys))
+    trained = np.mean(jax.jit(train)(0.3, None, None, batch, keys))
+    np.testing.assert_allclose(trained, expected, rtol=0.03)

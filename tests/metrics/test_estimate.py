@@ -20,7 +20,9 @@ def test_the_interval_is_that_of_the_normal_law_for_many_values():
     values = np.random.default_rng(1).normal(0.0, 2.0, 2000)
     estimate = mean_estimate(values)
     half = 1.96 * values.std() / np.sqrt(len(values))
-    np.testing.assert_allclose([estimate.value - estimate.low, estimate.high - estimate.value], half, rtol=0.1)
+    np.testing.assert_allclose(
+        [estimate.value - estimate.low, estimate.high - estimate.value], half, rtol=0.1
+    )
 
 
 def test_prompts_without_a_score_do_not_count():

@@ -49,6 +49,8 @@ def test_a_scan_counts_as_often_as_it_runs_and_a_gradient_three_times():
 
 def test_remat_counts_what_it_computes_again():
     w, x = jnp.ones((6, 6)), jnp.ones((2, 6))
-    block = jax.checkpoint(lambda w, x: jnp.tanh(x @ w) @ w, policy=jax.checkpoint_policies.nothing_saveable)
+    block = jax.checkpoint(
+        lambda w, x: jnp.tanh(x @ w) @ w, policy=jax.checkpoint_policies.nothing_saveable
+    )
     plain = traced_flops(jax.grad(lambda w, x: (jnp.tanh(x @ w) @ w).sum()), w, x)
     assert traced_flops(jax.grad(lambda w, x: block(w, x).sum()), w, x) > plain

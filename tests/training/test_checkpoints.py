@@ -1,7 +1,8 @@
+import contextlib
+import gc
 import logging
 import os
 import re
-import signal
 import subprocess
 import sys
 import time
@@ -178,6 +179,15 @@ def lose_the_index(checkpoint):
 DAMAGES = [flip_arrays, cut_arrays, flip_manifest, cut_metadata, lose_the_index]
 
 
+@pytest.fixture
+def dropped():
+    """A load that fails leaves coroutines of Orbax behind; collects them within their test."""
+    yield
+    gc.collect()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.usefixtures("dropped")
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(
     tmp_path, fresh, abstract, caplog, damage
@@ -188,13 +198,17 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(
     with caplog.at_level(logging.WARNING, "ldm_jax"):
         restored = checkpoints.restore(abstract)
     assert_equal(restored, at(fresh, 8))
-    assert re.search(r"000000000016 is damaged and not used", caplog.text)
+    (message,) = [record.getMessage() for record in caplog.records]
+    assert re.search(r"000000000016 is damaged and not used: ", message)
+    assert len(message) < 600 and "\n" not in message
     assert checkpoints.latest() == 8
     checkpoints.save(at(fresh, 16))  # the run comes to the same place again
     checkpoints.wait()
     assert_equal(Checkpoints(tmp_path).restore(abstract), at(fresh, 16))
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.usefixtures("dropped")
 def test_when_all_are_damaged_training_does_not_start_afresh(tmp_path, fresh, abstract, caplog):
     saved(tmp_path, fresh, 8, 16)
     for path in sorted(tmp_path.iterdir()):
@@ -224,13 +238,13 @@ def test_what_a_killed_save_left_is_neither_used_nor_kept(tmp_path, fresh, abstr
     ("change", "message"),
     [
         (lambda p: p | {"extra": jnp.zeros(2)}, "lacks ema/extra"),
-        (lambda p: {"dense": {"kernel": p["dense"]["kernel"]}}, "beyond .* ema/dense/bias"),
+        (lambda p: {"ballast": p["ballast"]}, "beyond .* ema/dense/bias"),
         (
-            lambda p: {"dense": p["dense"] | {"bias": jnp.zeros(5)}},
+            lambda p: p | {"dense": p["dense"] | {"bias": jnp.zeros(5)}},
             r"holds params/dense/bias as float32\[4\], asked for is float32\[5\]",
         ),
         (
-            lambda p: {"dense": p["dense"] | {"bias": jnp.zeros(4, jnp.bfloat16)}},
+            lambda p: p | {"dense": p["dense"] | {"bias": jnp.zeros(4, jnp.bfloat16)}},
             r"params/dense/bias as float32\[4\], asked for is bfloat16\[4\]",
         ),
     ],
@@ -293,6 +307,7 @@ def test_a_disk_without_room_is_said_before_the_save(tmp_path, fresh, abstract, 
     assert_equal(checkpoints.restore(abstract), at(fresh, 8))
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_during_the_save_leaves_the_last_good_checkpoint(tmp_path):
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     process = python("-c", FULL, tmp_path, **pipes)
@@ -354,35 +369,46 @@ def test_the_digest_does_not_depend_on_how_the_array_lies_on_the_devices(dtype):
             np.testing.assert_array_equal(_fingerprint(jax.device_put(array, sharding)), whole)
 
 
-def kill_at(process, moment):
-    """Kills the process after some seconds, or as soon as a path matches a pattern."""
-    while process.poll() is None:
-        if moment():
-            process.send_signal(signal.SIGKILL)
-            break
+def kill_when(process, moment):
+    """Kills a process without warning at a moment, unless it ends before."""
+    while process.poll() is None and not moment():
         time.sleep(0.001)
+    process.kill()
     process.wait()
+
+
+def newly_saved(saves, before):
+    return set(saves.glob("0*/commit_success.txt")) - before
+
+
+def saving(saves, start):
+    """Whether a save is under way that began after `start`."""
+    with contextlib.suppress(FileNotFoundError):
+        return any(path.stat().st_mtime > start for path in saves.glob("*tmp*/*"))
 
 
 @pytest.mark.slow
 def test_a_run_that_is_killed_ten_times_ends_bit_for_bit_as_one_that_is_not(tmp_path):
-    until, rng = 1600, np.random.default_rng()
+    """Every second time in the middle of a save, else at a random moment after one."""
+    script, until, rng = Path(__file__).parent / "toy.py", 1600, np.random.default_rng()
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     whole.mkdir(), killed.mkdir()
-    arguments = (Path(__file__).parent / "toy.py", killed, until)
-    assert python(arguments[0], whole, until).wait() == 0
-    during_saves = 0
+    assert python(script, whole, until).wait() == 0
+    saves, during_saves = killed / "checkpoints", 0
     for kill in range(10):
-        process, seen = python(*arguments), set((killed / "checkpoints").glob("*"))
-        if kill % 3 == 0:  # as soon as a save begins
-            begun = lambda seen=seen: set((killed / "checkpoints").glob("*tmp*")) - seen  # noqa: E731
-            kill_at(process, begun)
-            during_saves += any((killed / "checkpoints").glob("*tmp*"))
+        before = newly_saved(saves, set())
+        process = python(script, killed, until)
+        if kill % 2:
+            kill_when(process, lambda start=time.time(): saving(saves, start))
+            during_saves += any(saves.glob("*tmp*"))
         else:
-            end = time.monotonic() + rng.uniform(0.0, 12.0)
-            kill_at(process, lambda end=end: time.monotonic() > end)
-    assert python(*arguments).wait() == 0
+            pause = rng.uniform(0.0, 0.5)
+            kill_when(
+                process, lambda b=before, s=pause: newly_saved(saves, b) and not time.sleep(s)
+            )
+        assert not (killed / "final.npz").exists()
     assert during_saves > 0
+    assert python(script, killed, until).wait() == 0
     one, other = np.load(whole / "final.npz"), np.load(killed / "final.npz")
     assert one.files == other.files
     for name in one.files:

@@ -46,11 +46,11 @@ def test_parts_that_do_not_divide_the_batch_are_refused():
         advanced(step, 1)
 
 
-@pytest.mark.parametrize("config", MESHES)
-def test_a_step_is_the_same_on_one_device_and_on_eight(config):
-    step = make_step(toy.loss, toy.optimizer(), KEY, ema=100)
-    one = advanced(step, 4)
-    many = advanced(step, 4, mesh=make_mesh(config))
+@pytest.mark.parametrize(("config", "accumulate"), list(zip(MESHES, (1, 2, 1), strict=True)))
+def test_a_step_is_the_same_on_one_device_and_on_eight(config, accumulate):
+    step = make_step(toy.loss, toy.optimizer(), KEY, ema=100, accumulate=accumulate)
+    one = advanced(step, 4, size=16)
+    many = advanced(step, 4, size=16, mesh=make_mesh(config))
     assert_close(toy.host(one), toy.host(many), rtol=2e-5, atol=1e-6)
 
 

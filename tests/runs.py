@@ -1,0 +1,45 @@
+"""A whole run of a one-block model in seconds, for the tests that need one."""
+
+from pathlib import Path
+
+from ldm_jax import encode, train
+from ldm_jax.config import DataConfig, EvalConfig, RunConfig, SamplingConfig, TrainConfig
+from ldm_jax.configuration import to_json
+from ldm_jax.flags import parse
+from ldm_jax.models.unet_config import UNetConfig
+from ldm_jax.training.optimizer import OptimizerConfig
+
+TINY = RunConfig(
+    data=DataConfig(source="scenes:simple?count=48", encode_batch=16, items_per_shard=16),
+    backbone=UNetConfig(
+        channels=(16,),
+        num_res_blocks=1,
+        transformer_depth=(1,),
+        head_width=16,
+        text_width=64,
+        num_groups=4,
+        sample_size=8,
+    ),
+    optimizer=OptimizerConfig(learning_rate=1e-3),
+    train=TrainConfig(examples=64, batch=8, ema=16.0, log_every=16, save_every=32),
+    sampling=SamplingConfig(steps=2, guidance=2.0, batch=8),
+    eval=EvalConfig(every=32, prompts="scenes:simple?count=8", shown=8, validation=8),
+)
+
+
+def begin(workdir: Path, config: RunConfig = TINY) -> None:
+    """Puts the config where the commands look for it when none is given."""
+    workdir.mkdir(parents=True, exist_ok=True)
+    (workdir / "config.json").write_text(to_json(config))
+
+
+def run(command, workdir: Path, *words: str, **options) -> None:
+    """What `python -m ldm_jax.COMMAND --workdir=... WORDS` does, in this process."""
+    command.main(parse([f"--workdir={workdir}", *words], RunConfig, **options))
+
+
+def run_whole(workdir: Path, config: RunConfig = TINY) -> None:
+    """Encodes and trains."""
+    begin(workdir, config)
+    run(encode, workdir)
+    run(train, workdir)

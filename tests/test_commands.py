@@ -1,0 +1,183 @@
+"""The commands, one after the other, on a run of a few steps with the embedded models."""
+
+import dataclasses
+import json
+import shutil
+
+import numpy as np
+import pytest
+import runs
+from PIL import Image
+
+from ldm_jax import encode, evaluate, report, sample, train
+from ldm_jax.flags import UsageError, parse
+
+LARGE_RED = "a large plain red circle at the center on a gray background"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("run")
+    runs.run_whole(workdir)
+    return workdir
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_training_leaves_what_the_report_needs(run):
+    evaluations = lines(run / "evaluations.jsonl")
+    assert [row["examples"] for row in evaluations] == [0, 32, 64]
+    assert {"clip_score", "faithfulness", "faithfulness/gap"} <= set(evaluations[-1]["scores"])
+    assert all((run / row["samples"]).exists() for row in evaluations)
+    assert set(json.loads((run / "references.json").read_text())) == {"untrained", "true renders"}
+    assert [row["examples"] for row in lines(run / "metrics.jsonl") if "loss" in row] == [
+        16,
+        32,
+        48,
+        64,
+    ]
+
+
+def test_the_record_says_what_the_run_was(run):
+    record = json.loads((run / "record.json").read_text())
+    assert (record["examples"], record["seed"]) == (64, 0)
+    assert record["params"] > 10_000
+    assert record["config"]["train"]["batch"] == 8
+    assert set(record["losses"]) == {"train", "0.1", "0.3", "0.5", "0.7", "0.9"}
+
+
+def test_true_renders_score_far_above_an_untrained_model(run):
+    references = json.loads((run / "references.json").read_text())
+    untrained, true = (
+        references[name]["faithfulness"][0] for name in ("untrained", "true renders")
+    )
+    assert true > 0.9 > 0.6 > untrained
+
+
+def test_samples_are_a_function_of_prompt_number_and_seed(run, tmp_path):
+    words = [f"--prompt={LARGE_RED}", "--prompt=a small blue ring", "--seeds=2"]
+    for name, batch in (("one", 8), ("other", 16)):
+        flags = [*words, f"--output={tmp_path / name}", f"--config.sampling.batch={batch}"]
+        runs.run(sample, run, *flags, add_flags=sample.add_flags)
+    names = sorted(path.name for path in (tmp_path / "one").glob("0*.png"))
+    assert names == ["00000-00.png", "00000-01.png", "00001-00.png", "00001-01.png"]
+    pixels = {
+        name: [
+            np.asarray(Image.open(tmp_path / run_name / name)).astype(int)
+            for run_name in ("one", "other")
+        ]
+        for name in names
+    }
+    assert all(np.abs(one - other).max() <= 1 for one, other in pixels.values())
+    assert np.abs(pixels[names[0]][0] - pixels[names[1]][0]).max() > 5
+    assert json.loads((tmp_path / "one" / "prompts.json").read_text()) == [
+        LARGE_RED,
+        "a small blue ring",
+    ]
+
+
+def test_evaluation_of_the_last_checkpoint_repeats_that_of_training(run, capsys):
+    runs.run(evaluate, run)
+    again = lines(run / "scores.jsonl")[-1]
+    trained = lines(run / "evaluations.jsonl")[-1]
+    assert again["examples"] == trained["examples"]
+    for name, score in trained["scores"].items():
+        assert again["scores"][name] == pytest.approx(score, abs=1e-4, nan_ok=True)
+    assert "faithfulness" in capsys.readouterr().out
+
+
+def test_the_report_is_one_page(run):
+    report.main(parse([f"--workdir={run}"], add_flags=report.add_flags))
+    page = (run / "report.html").read_text()
+    assert "faithfulness" in page
+    assert 'src="http' not in page
+
+
+def test_another_config_in_the_same_directory_is_refused_with_the_difference(run):
+    with pytest.raises(ValueError, match=r"train.batch: 8 -> 16.*may change"):
+        runs.run(train, run, "--config.train.batch=16")
+
+
+def test_a_longer_run_continues_the_shorter_one(run, tmp_path):
+    longer = tmp_path / "longer"
+    shutil.copytree(run, longer)
+    runs.run(train, longer, "--config.train.examples=80", "--config.train.log_every=8")
+    assert json.loads((longer / "record.json").read_text())["examples"] == 80
+
+
+def test_latents_of_another_autoencoder_are_refused(run, tmp_path):
+    workdir = tmp_path / "other"
+    shutil.copytree(run / "latents", workdir / "latents")
+    manifest = workdir / "latents" / "train" / "manifest.json"
+    fields = json.loads(manifest.read_text())
+    fields["autoencoder"]["fingerprint"] = "0" * 16
+    manifest.write_text(json.dumps(fields))
+    runs.begin(workdir)
+    with pytest.raises(ValueError, match="made by the encoder 0000000000000000"):
+        runs.run(train, workdir)
+
+
+def test_latents_of_another_size_are_refused(run, tmp_path):
+    data = dataclasses.replace(runs.TINY.data, size=128)
+    runs.begin(tmp_path, dataclasses.replace(runs.TINY, data=data))
+    (tmp_path / "latents").symlink_to(run / "latents")
+    with pytest.raises(ValueError, match=r"images of 64 pixels, and data.size is 128"):
+        runs.run(train, tmp_path)
+
+
+def test_training_before_encoding_says_so(tmp_path):
+    runs.begin(tmp_path)
+    with pytest.raises(ValueError, match="encoding into it was not finished"):
+        runs.run(train, tmp_path)
+
+
+def test_a_backbone_that_does_not_fit_is_refused(run, tmp_path):
+    config = dataclasses.replace(
+        runs.TINY, backbone=dataclasses.replace(runs.TINY.backbone, text_width=32)
+    )
+    runs.begin(tmp_path, config)
+    (tmp_path / "latents").symlink_to(run / "latents")
+    with pytest.raises(ValueError, match=r"text_width is 32, and the pretrained models have 64"):
+        runs.run(train, tmp_path)
+
+
+def test_a_directory_without_the_weights_is_refused(tmp_path):
+    runs.begin(tmp_path)
+    with pytest.raises(FileNotFoundError, match="no directory"):
+        runs.run(encode, tmp_path, "--config.pretrained=/nowhere")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError):
+        runs.run(encode, tmp_path, f"--config.pretrained={tmp_path / 'empty'}")
+
+
+def test_no_prompt_and_no_seed_are_sentences(run):
+    with pytest.raises(ValueError, match="give --prompt=TEXT or --prompts=FILE"):
+        runs.run(sample, run, add_flags=sample.add_flags)
+    with pytest.raises(ValueError, match="--seeds is 0"):
+        runs.run(sample, run, "--prompt=x", "--seeds=0", add_flags=sample.add_flags)
+
+
+def test_an_unknown_setting_is_a_usage_error(run):
+    with pytest.raises(UsageError, match="did you mean 'batch'"):
+        parse([f"--workdir={run}", "--config.train.bach=3"], train.RunConfig)
+
+
+def test_a_folder_of_photographs_goes_through_without_a_line_of_code(tmp_path):
+    photos, rng = tmp_path / "photos", np.random.default_rng(0)
+    photos.mkdir()
+    for number in range(24):
+        smooth = Image.fromarray(rng.integers(0, 255, (6, 8, 3), np.uint8)).resize((160, 120))
+        smooth.save(photos / f"{number}.jpg")
+        (photos / f"{number}.txt").write_text(f"picture number {number}")
+    (photos / "23.txt").write_text("")
+    workdir = tmp_path / "run"
+    data = dataclasses.replace(runs.TINY.data, source=f"folder:{photos}", text_embeddings=True)
+    runs.begin(workdir, dataclasses.replace(runs.TINY, data=data))
+    runs.run(encode, workdir)
+    manifest = json.loads((workdir / "latents" / "train" / "manifest.json").read_text())
+    assert (manifest["written"], manifest["skipped"]) == (23, {"empty caption": ["23.jpg"]})
+    runs.run(train, workdir, "--config.train.examples=16", "--config.eval.every=16")
+    runs.run(sample, workdir, "--prompt=picture number 3", add_flags=sample.add_flags)
+    assert Image.open(workdir / "images" / "00000-00.png").size == (64, 64)
