@@ -35,7 +35,7 @@ def get_config():
             train=TrainConfig(
                 examples=128_000,
                 batch=64,
-                ema=5_000,
+                ema=5_000.0,
                 log_every=3_200,
                 save_every=32_000,
             ),

@@ -30,7 +30,7 @@ def get_config():
                 sample_size=8,
             ),
             optimizer=OptimizerConfig(learning_rate=1e-3, warmup_examples=6_400),
-            train=TrainConfig(examples=500_000, batch=64, ema=20_000),
+            train=TrainConfig(examples=500_000, batch=64, ema=20_000.0),
             sampling=SamplingConfig(steps=50, guidance=4.0),
             eval=EvalConfig(every=50_000, prompts="scenes:simple?count=16", shown=16),
         )

@@ -56,6 +56,8 @@ def run_command(
     try:
         flags = parse(sys.argv[1:], cls, description=description, add_flags=add_flags)
     except UsageError as error:
+        if "--traceback" in sys.argv:
+            raise
         _fail(error, 2)
     except BrokenPipeError:  # the reader of --help has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -40,6 +40,7 @@ def main(flags: argparse.Namespace) -> None:
     config, workdir = flags.config, flags.workdir
     if jax.config.jax_compilation_cache_dir is None:  # else it is the user's
         jax.config.update("jax_compilation_cache_dir", str(workdir / "compiled"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     claim(config, workdir)
     pretrained, mesh = build.load_pretrained(config), build.mesh_of(config)
     loader = build.make_loader(config, workdir, pretrained)
@@ -63,7 +64,9 @@ def main(flags: argparse.Namespace) -> None:
     if config.train.profile:
         hooks.append(Profiler(workdir / "profile", *config.train.profile))
     loader.seek(int(state.examples))
-    step = jax.jit(training.step, donate_argnums=0)
+    # Pinned, or the compiler may place the new state otherwise and compile a second time.
+    placed = jax.tree.map(lambda leaf: leaf.sharding, training.abstract)
+    step = jax.jit(training.step, donate_argnums=0, out_shardings=(placed, None))
     try:
         state = fit(
             lambda state, batch: step(state, pretrained.params, batch),

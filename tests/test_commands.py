@@ -22,6 +22,11 @@ def run(tmp_path_factory):
     return workdir
 
 
+def read(path):
+    with Image.open(path) as image:
+        return np.asarray(image).astype(int)
+
+
 def lines(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
@@ -64,11 +69,7 @@ def test_samples_are_a_function_of_prompt_number_and_seed(run, tmp_path):
     names = sorted(path.name for path in (tmp_path / "one").glob("0*.png"))
     assert names == ["00000-00.png", "00000-01.png", "00001-00.png", "00001-01.png"]
     pixels = {
-        name: [
-            np.asarray(Image.open(tmp_path / run_name / name)).astype(int)
-            for run_name in ("one", "other")
-        ]
-        for name in names
+        name: [read(tmp_path / run_name / name) for run_name in ("one", "other")] for name in names
     }
     assert all(np.abs(one - other).max() <= 1 for one, other in pixels.values())
     assert np.abs(pixels[names[0]][0] - pixels[names[1]][0]).max() > 5
@@ -180,4 +181,5 @@ def test_a_folder_of_photographs_goes_through_without_a_line_of_code(tmp_path):
     assert (manifest["written"], manifest["skipped"]) == (23, {"empty caption": ["23.jpg"]})
     runs.run(train, workdir, "--config.train.examples=16", "--config.eval.every=16")
     runs.run(sample, workdir, "--prompt=picture number 3", add_flags=sample.add_flags)
-    assert Image.open(workdir / "images" / "00000-00.png").size == (64, 64)
+    with Image.open(workdir / "images" / "00000-00.png") as image:
+        assert image.size == (64, 64)

@@ -43,7 +43,7 @@ class Weyl:
     but whatever the batch size and the number of devices. Integer arithmetic mod 2^32 is exact.
     """
 
-    seed: int = 0
+    seed: int = 0  # of the offset
 
     def __call__(self, keys: Keys, index: UInt32[Arr, " B"]) -> Float[Array, " B"]:
         offset = np.random.SeedSequence(self.seed).generate_state(1)[0]

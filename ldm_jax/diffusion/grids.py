@@ -40,8 +40,8 @@ class Leading:
     `set_alpha_to_one=False`), or at the clean image.
     """
 
-    offset: int = 1
-    ends_clean: bool = False
+    offset: int = 1  # the lowest index
+    ends_clean: bool = False  # end at the clean image, not at index 0
 
     def __call__(self, schedule: Schedule, steps: int) -> Point:
         total = _indices(schedule, self, steps)
@@ -62,7 +62,7 @@ class Trailing:
     index 0.
     """
 
-    ends_clean: bool = True
+    ends_clean: bool = True  # end at the clean image, not at index 0
 
     def __call__(self, schedule: Schedule, steps: int) -> Point:
         total = _indices(schedule, self, steps)

@@ -46,7 +46,7 @@ class MinSNR:
       ValueError: `gamma` is not positive.
     """
 
-    gamma: float = 5.0
+    gamma: float = 5.0  # signal-to-noise ratio above which the weight stops to grow
 
     def __post_init__(self) -> None:
         if not self.gamma > 0:

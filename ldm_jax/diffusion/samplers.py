@@ -71,7 +71,7 @@ class DDIM:
       ValueError: `eta` lies outside [0, 1].
     """
 
-    eta: float = 0.0
+    eta: float = 0.0  # share of the ancestral noise, 0 to 1
     order: ClassVar[int] = 1
 
     def __post_init__(self) -> None:

@@ -69,9 +69,9 @@ class ScaledLinear:
       ValueError: not 0 < beta_start <= beta_end <= 1, or no steps.
     """
 
-    steps: int = 1000
-    beta_start: float = 0.00085
-    beta_end: float = 0.012
+    steps: int = 1000  # discrete noise levels
+    beta_start: float = 0.00085  # variance added by the first step
+    beta_end: float = 0.012  # variance added by the last step
 
     def __post_init__(self) -> None:
         if self.steps < 1 or not 0 < self.beta_start <= self.beta_end <= 1:
@@ -92,7 +92,7 @@ class Cosine:
     1000 t. Both fields are written without cancellation, so that f32 is enough near either end.
     """
 
-    s: float = 0.008
+    s: float = 0.008  # offset that keeps the first noise from vanishing
     steps: ClassVar[None] = None
 
     def __call__(self, t: Float[Arr, "*points"]) -> Point:
@@ -117,7 +117,7 @@ class RectifiedFlow:
       ValueError: `shift` is not positive.
     """
 
-    shift: float = 1.0
+    shift: float = 1.0  # moves time towards noise, as larger images need it
     steps: ClassVar[None] = None
 
     def __post_init__(self) -> None:

@@ -27,8 +27,8 @@ class LogitNormal:
       ValueError: `std` is not positive.
     """
 
-    mean: float = 0.0
-    std: float = 1.0
+    mean: float = 0.0  # of the logit of t
+    std: float = 1.0  # of the logit of t
 
     def __post_init__(self) -> None:
         if not self.std > 0:

@@ -52,20 +52,27 @@ class UNetConfig:
     `nn.stack.REMAT` that holds for every residual and every transformer block alone.
     """
 
-    in_channels: int = 4
-    out_channels: int = 4
-    channels: tuple[int, ...] = (320, 640, 1280, 1280)
-    num_res_blocks: int = 2
-    transformer_depth: tuple[int, ...] = (1, 1, 1, 0)
-    mid_depth: int = 1
-    head_width: int = 64
-    num_heads: int = 0
-    text_width: int = 1024
-    num_groups: int = 32
-    use_linear_projection: bool = True
-    sample_size: int = 64
-    dtype: str = "float32"
-    remat: str = "none"
+    in_channels: int = 4  # channels of the noisy latent, and of what is concatenated to it
+    out_channels: int = 4  # channels of the prediction
+    channels: tuple[int, ...] = (320, 640, 1280, 1280)  # width of each level
+    num_res_blocks: int = 2  # residual blocks a level; one more on the way up
+    transformer_depth: tuple[int, ...] = (
+        1,
+        1,
+        1,
+        0,
+    )  # transformer blocks after each residual block of a level; 0: no attention
+    mid_depth: int = 1  # transformer blocks in the middle
+    head_width: int = 64  # width of an attention head
+    num_heads: int = 0  # heads at every level, in place of head_width; 0: as many as fit
+    text_width: int = 1024  # width of the text encoder's tokens
+    num_groups: int = 32  # of the group norms
+    use_linear_projection: bool = (
+        True  # how checkpoints hold the projections around a transformer; else as 1x1 convolutions
+    )
+    sample_size: int = 64  # side of the latents, which diffusers renders by default
+    dtype: str = "float32"  # of the computation; train.precision sets it
+    remat: str = "none"  # what is recomputed in the backward pass: none, full, dots
 
     def __post_init__(self) -> None:
         if len(self.channels) != len(self.transformer_depth):

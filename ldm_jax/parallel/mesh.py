@@ -20,9 +20,9 @@ class MeshConfig:
     single matrices and repeats the batch.
     """
 
-    data: int = -1
-    fsdp: int = 1
-    tensor: int = 1
+    data: int = -1  # devices that divide the batch; -1: all that are left
+    fsdp: int = 1  # devices that divide the parameters and the batch
+    tensor: int = 1  # devices that divide single matrices
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:

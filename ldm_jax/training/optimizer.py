@@ -36,14 +36,16 @@ class OptimizerConfig:
     `clip_norm` of inf does not clip.
     """
 
-    learning_rate: float = 1e-4
-    warmup_examples: int = 0
-    schedule: str = "constant"
-    b1: float = 0.9
-    b2: float = 0.999
-    eps: float = 1e-8
-    weight_decay: float = 0.01
-    clip_norm: float = 1.0
+    learning_rate: float = 1e-4  # its peak
+    warmup_examples: int = 0  # examples over which the rate rises linearly
+    schedule: str = (
+        "constant"  # after the warm-up: constant, or cosine to zero at the end of the run
+    )
+    b1: float = 0.9  # decay of AdamW's first moment
+    b2: float = 0.999  # decay of its second moment
+    eps: float = 1e-8  # added to the root of the second moment
+    weight_decay: float = 0.01  # of matrices and kernels; biases and scales are left alone
+    clip_norm: float = 1.0  # largest norm of the gradient; inf: no clipping
 
     def __post_init__(self) -> None:
         if self.schedule not in SCHEDULES:

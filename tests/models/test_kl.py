@@ -36,6 +36,11 @@ SD3 = {
 }
 
 
+def outputs_of(directory):
+    with np.load(directory / "outputs.npz") as file:
+        return dict(file)
+
+
 @functools.cache
 def opened(directory, dtype="float32"):
     config = KLConfig.from_diffusers(weights.read_config(directory), dtype)
@@ -60,7 +65,7 @@ def error(ours, theirs):
 
 
 def test_it_encodes_and_decodes_as_diffusers_does(diffusers_answers):
-    expected = np.load(diffusers_answers / "kl" / "outputs.npz")
+    expected = outputs_of(diffusers_answers / "kl")
     config, params, apply = opened(diffusers_answers / "kl")
     given = answers(apply, params, expected)
     for name in ("mean", "logvar", "decoded"):
@@ -70,7 +75,7 @@ def test_it_encodes_and_decodes_as_diffusers_does(diffusers_answers):
 
 
 def test_bfloat16_stays_near_float32_and_returns_float32(goldens):
-    expected = np.load(goldens / "kl" / "outputs.npz")
+    expected = outputs_of(goldens / "kl")
     _, params, apply = opened(goldens / "kl", "bfloat16")
     given = answers(apply, params, expected)
     for name in ("mean", "logvar", "decoded"):
@@ -91,7 +96,7 @@ def test_tensors_survive_the_way_through_our_files_bit_for_bit(goldens, tmp_path
 def test_diffusers_opens_what_we_write_and_answers_alike(goldens, tmp_path):
     config, params, _ = opened(goldens / "kl")
     weights.save(tmp_path, params, config.names, config.to_diffusers())
-    expected = np.load(goldens / "kl" / "outputs.npz")
+    expected = outputs_of(goldens / "kl")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch, diffusers = pytest.importorskip("torch"), pytest.importorskip("diffusers")

@@ -56,6 +56,11 @@ SDXL = {
 }
 
 
+def outputs_of(directory):
+    with np.load(directory / "outputs.npz") as file:
+        return dict(file)
+
+
 @functools.cache
 def opened(directory, dtype="float32"):
     config = UNetConfig.from_diffusers(weights.read_config(directory), dtype)
@@ -111,7 +116,7 @@ def error(ours, theirs):
 
 @pytest.mark.parametrize("name", DIRECTORIES)
 def test_it_answers_as_diffusers_does(diffusers_answers, name):
-    expected = np.load(diffusers_answers / name / "outputs.npz")
+    expected = outputs_of(diffusers_answers / name)
     given = answers(diffusers_answers / name, expected)
     assert error(given["masked"], expected["unmasked"]) > 1e-3
     for output in ("unmasked", "masked"):
@@ -119,7 +124,7 @@ def test_it_answers_as_diffusers_does(diffusers_answers, name):
 
 
 def test_bfloat16_stays_near_float32_and_returns_float32(goldens):
-    expected = np.load(goldens / "unet_sdxl" / "outputs.npz")
+    expected = outputs_of(goldens / "unet_sdxl")
     given = answers(goldens / "unet_sdxl", expected, "bfloat16")
     assert given["masked"].dtype == jnp.float32
     assert error(given["masked"], expected["masked"]) < 0.05
@@ -140,7 +145,7 @@ def test_tensors_survive_the_way_through_our_files_bit_for_bit(goldens, name, tm
 def test_diffusers_opens_what_we_write_and_answers_alike(goldens, name, tmp_path):
     config, params, _ = opened(goldens / name)
     weights.save(tmp_path, params, config.names, config.to_diffusers())
-    expected = np.load(goldens / name / "outputs.npz")
+    expected = outputs_of(goldens / name)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch, diffusers = pytest.importorskip("torch"), pytest.importorskip("diffusers")
@@ -204,7 +209,7 @@ def test_concatenated_latents_are_further_channels_of_the_input():
 
 
 def test_it_starts_at_zero_and_every_parameter_can_leave_its_start():
-    """The last convolution starts at zero; a step of it later, gradients reach all that is not behind another zero."""
+    """Behind one zero after another: the last convolution moves first, then what feeds it, then all."""
     init, apply = functional(lambda rngs: UNet(ONE_LEVEL, rngs))
     params = jax.jit(init)(jax.random.key(0, impl="rbg"))  # which compiles in a third of the time
     x, told, tokens = inputs()
