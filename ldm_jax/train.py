@@ -7,7 +7,6 @@ Killed at any moment, the same command continues from the last checkpoint and en
 """
 
 import argparse
-import dataclasses
 import fnmatch
 import json
 import logging
@@ -27,7 +26,7 @@ from ldm_jax.evals.prompts import Prompts, read_prompts
 from ldm_jax.flags import CONFIG_FILE, run_command
 from ldm_jax.models.flops import traced_flops
 from ldm_jax.nn.functional import Functional
-from ldm_jax.scaling.records import RunRecord
+from ldm_jax.scaling.records import RunRecord, append_record
 from ldm_jax.training import Every, Hook, State, Tick, fit, prefetch
 from ldm_jax.training.checkpoints import Checkpoints
 from ldm_jax.training.hooks import Guard, Metrics, Profiler, Progress, Save, tensorboard
@@ -77,8 +76,7 @@ def main(flags: argparse.Namespace) -> None:
         )
     finally:
         loader.close()
-    result = dataclasses.asdict(record(config, workdir, state, flops))
-    write_atomically(workdir / "record.json", json.dumps(result).encode())
+    append_record(workdir / "record.jsonl", record(config, workdir, state, flops))
 
 
 def claim(config: RunConfig, workdir: Path) -> None:
@@ -189,7 +187,7 @@ def record(config: RunConfig, workdir: Path, state: State, flops: float) -> RunR
         flops=flops * int(state.examples),
         examples=int(state.examples),
         seconds=seconds,
-        losses={"train": steps[-1]["loss"], **last["validation"]},
+        losses={"train": [row["loss"] for row in rows if "loss" in row][-1], **last["validation"]},
         scores={name: Estimate(*score) for name, score in last["scores"].items()},
     )
 

@@ -46,7 +46,7 @@ def test_training_leaves_what_the_report_needs(run):
 
 
 def test_the_record_says_what_the_run_was(run):
-    record = json.loads((run / "record.json").read_text())
+    (record,) = lines(run / "record.jsonl")
     assert (record["examples"], record["seed"]) == (64, 0)
     assert record["params"] > 10_000
     assert record["config"]["train"]["batch"] == 8
@@ -105,7 +105,7 @@ def test_a_longer_run_continues_the_shorter_one(run, tmp_path):
     longer = tmp_path / "longer"
     shutil.copytree(run, longer)
     runs.run(train, longer, "--config.train.examples=80", "--config.train.log_every=8")
-    assert json.loads((longer / "record.json").read_text())["examples"] == 80
+    assert [row["examples"] for row in lines(longer / "record.jsonl")] == [64, 80]
 
 
 def test_latents_of_another_autoencoder_are_refused(run, tmp_path):

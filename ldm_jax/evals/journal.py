@@ -1,6 +1,6 @@
 """What evaluations leave behind in a run's directory, for its report.
 
-prompts.json          the prompts, in order, and whether each names a pair that training never shows
+prompts.json          the prompts, in order, and the group that each belongs to
 references.json       scores of what a model is measured against: {"untrained": {...}, "true renders": {...}}
 evaluations.jsonl     one line an evaluation; after a resume the last line of a count of examples holds
 samples/*.png         the first images of each, side by side
@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ldm_jax.evals.evaluator import Evaluation
 from ldm_jax.evals.image_grids import save_grid
-from ldm_jax.evals.prompts import HELD_OUT, Prompts
+from ldm_jax.evals.prompts import Prompts
 from ldm_jax.types import Estimate, Images
 
 COLUMNS = 8  # of a picture of samples
@@ -28,7 +28,7 @@ class Journal:
     def prompts(self, prompts: Prompts) -> None:
         """Writes down what is evaluated on."""
         rows = [
-            {"prompt": text, "held_out": group == HELD_OUT}
+            {"prompt": text, "group": group}
             for text, group in zip(prompts.texts, prompts.groups, strict=True)
         ]
         (self._directory / "prompts.json").write_text(json.dumps(rows, indent=1))
@@ -49,7 +49,6 @@ class Journal:
             "scores": evaluation.scores,
             "validation": validation,
             "samples": picture,
-            "columns": COLUMNS,
         }
         with (self._directory / "evaluations.jsonl").open("a") as file:
             file.write(json.dumps(line) + "\n")

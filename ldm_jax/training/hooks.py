@@ -131,11 +131,14 @@ class Metrics(Hook):
         self._sums: collections.Counter[str] = collections.Counter()
         self._steps = 0
         self._mark: tuple[float, int] | None = None
+        self._ends: collections.deque[float] = collections.deque()
 
     def __call__(self, tick: Tick) -> None:
         if self._mark is None:
             self._mark = time.monotonic(), tick.examples
             self._overview(tick)
+        elif tick.ends(self._period):
+            self._ends.append(time.monotonic())  # several periods may be written at one time
         self._add(self._late.push(tick))
 
     def settle(self) -> None:
@@ -169,9 +172,11 @@ class Metrics(Hook):
 
     def _speed(self, tick: Tick) -> dict[str, float]:
         """Counts from the end of the first step, and so leaves its compilation out."""
-        (then, before), self._mark = self._mark, (time.monotonic(), tick.examples)
-        seen = tick.examples - before
-        return {"examples_per_second": seen / (self._mark[0] - then)} if seen > 0 else {}
+        then, before = self._mark
+        if tick.examples == before:  # the first step ended a period
+            return {}
+        self._mark = self._ends.popleft(), tick.examples
+        return {"examples_per_second": (tick.examples - before) / (self._mark[0] - then)}
 
     def _overview(self, tick: Tick) -> None:
         from clu import parameter_overview
