@@ -58,6 +58,7 @@ def arrays(workdir: Path) -> dict[str, np.ndarray]:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:Sharding info not provided")
 def test_a_run_killed_ten_times_ends_bit_identical_to_an_undisturbed_one(tmp_path):
     train = dataclasses.replace(runs.TINY.train, examples=EXAMPLES, save_every=32)
     evaluation = dataclasses.replace(runs.TINY.eval, every=320)
