@@ -77,13 +77,18 @@ def answers(apply, params, name, given):
     return apply(params, given["tokens" if "text" in name else "images"])._asdict()
 
 
+def outputs(directory):
+    with np.load(directory / "outputs.npz") as file:
+        return dict(file)
+
+
 def error(ours, theirs):
     return np.max(np.abs(ours - theirs)) / np.max(np.abs(theirs))
 
 
 @pytest.mark.parametrize("name", CLASSES)
 def test_networks_answer_as_transformers_do(transformers_answers, name):
-    expected = np.load(transformers_answers / name / "outputs.npz")
+    expected = outputs(transformers_answers / name)
     _, params, apply = opened(transformers_answers, name)
     given = answers(apply, params, name, expected)
     compared = set(expected) - {"tokens", "images"}
@@ -94,7 +99,7 @@ def test_networks_answer_as_transformers_do(transformers_answers, name):
 
 @pytest.mark.parametrize("name", ["clip_text", "clip_vision_projected"])
 def test_bfloat16_stays_near_float32(name):
-    expected = np.load(GOLDENS / name / "outputs.npz")
+    expected = outputs(GOLDENS / name)
     _, params, apply = opened(GOLDENS, name, dtype="bfloat16")
     given = answers(apply, params, name, expected)
     for output in set(expected) - {"tokens", "images"}:

@@ -411,7 +411,7 @@ def test_a_run_that_is_killed_ten_times_ends_bit_for_bit_as_one_that_is_not(tmp_
         assert not (killed / "final.npz").exists()
     assert during_saves > 0
     assert python(script, killed, until).wait() == 0
-    one, other = np.load(whole / "final.npz"), np.load(killed / "final.npz")
-    assert one.files == other.files
-    for name in one.files:
-        np.testing.assert_array_equal(one[name], other[name])
+    with np.load(whole / "final.npz") as one, np.load(killed / "final.npz") as other:
+        assert one.files == other.files
+        for name in one.files:
+            np.testing.assert_array_equal(one[name], other[name])
