@@ -9,6 +9,8 @@ VENV ?= .venv
 EXTRAS ?= test
 WORKDIR ?= runs/demo
 PYTEST_FLAGS ?=
+# Two virtual devices keep two cores busier than one does.
+DEMO_FLAGS ?= --xla_force_host_platform_device_count=2
 
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed[$(EXTRAS)]
@@ -18,8 +20,8 @@ RUN := $(BIN)/python -m
 .DELETE_ON_ERROR:
 
 demo: install
-	$(RUN) ldm_jax.encode --config=configs/demo.py --workdir=$(WORKDIR)
-	$(RUN) ldm_jax.train --config=configs/demo.py --workdir=$(WORKDIR)
+	export XLA_FLAGS="$(DEMO_FLAGS)"; $(RUN) ldm_jax.encode --config=configs/demo.py --workdir=$(WORKDIR)
+	export XLA_FLAGS="$(DEMO_FLAGS)"; $(RUN) ldm_jax.train --config=configs/demo.py --workdir=$(WORKDIR)
 	$(RUN) ldm_jax.report --workdir=$(WORKDIR)
 
 test: install
