@@ -1,7 +1,7 @@
 """A folder of photographs with captions, on one machine.
 
     python -m ldm_jax.encode --config=configs/photos.py --config.data.source=folder:/photos --workdir=runs/photos
-    python -m ldm_jax.train --workdir=runs/photos
+    python -m ldm_jax.train --config=configs/photos.py --config.data.source=folder:/photos --workdir=runs/photos
 
 As it stands it uses the embedded models, which know scenes, not photographs: it shows that the path works. For
 pictures worth looking at give `--config.pretrained=` a directory in Stable Diffusion's layout, and with it
