@@ -21,7 +21,7 @@ RUN := $(BIN)/python -m
 
 demo: install
 	export XLA_FLAGS="$(DEMO_FLAGS)"; $(RUN) ldm_jax.encode --config=configs/demo.py --workdir=$(WORKDIR)
-	export XLA_FLAGS="$(DEMO_FLAGS)"; $(RUN) ldm_jax.train --config=configs/demo.py --workdir=$(WORKDIR)
+	export XLA_FLAGS="$(DEMO_FLAGS)"; $(RUN) ldm_jax.train --workdir=$(WORKDIR)
 	$(RUN) ldm_jax.report --workdir=$(WORKDIR)
 
 test: install

@@ -1,7 +1,8 @@
 """A folder of photographs with captions, on one machine.
 
     python -m ldm_jax.encode --config=configs/photos.py --config.data.source=folder:/photos --workdir=runs/photos
-    python -m ldm_jax.train --config=configs/photos.py --config.data.source=folder:/photos --workdir=runs/photos
+    python -m ldm_jax.train --workdir=runs/photos
+    python -m ldm_jax.sample --workdir=runs/photos --prompt="a dog on a beach"
 
 As it stands it uses the embedded models, which know scenes, not photographs: it shows that the path works. For
 pictures worth looking at give `--config.pretrained=` a directory in Stable Diffusion's layout, and with it
@@ -32,6 +33,6 @@ def get_config():
             optimizer=OptimizerConfig(learning_rate=1e-3, warmup_examples=6_400),
             train=TrainConfig(examples=500_000, batch=64, ema=20_000.0),
             sampling=SamplingConfig(steps=50, guidance=4.0),
-            eval=EvalConfig(every=50_000, prompts="scenes:simple?count=16", shown=16),
+            eval=EvalConfig(every=50_000, prompts="captions:16", shown=16),
         )
     )

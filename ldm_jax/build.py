@@ -13,13 +13,13 @@ import numpy as np
 from jax.sharding import Mesh
 
 from ldm_jax import diffusion
-from ldm_jax.config import EMBEDDED, RunConfig
-from ldm_jax.data.latents import Autoencoder, Manifest
+from ldm_jax.config import CHECKPOINTS, EMBEDDED, RunConfig
+from ldm_jax.data.latents import Autoencoder, Manifest, main_captions
 from ldm_jax.data.loader import Loader, fixed_batch
 from ldm_jax.evals.evaluator import Evaluator, Scorer
 from ldm_jax.evals.faithfulness import Faithfulness
 from ldm_jax.evals.generation import Generate, make_generate
-from ldm_jax.evals.prompts import Prompts
+from ldm_jax.evals.prompts import Prompts, read_prompts
 from ldm_jax.metrics.clip_score import CLIPScore
 from ldm_jax.models import names, weights
 from ldm_jax.models.clip import CLIP, CLIPConfig, CLIPText, CLIPTextConfig
@@ -198,7 +198,7 @@ def load_weights(
     """
     field = {"ema": "ema", "raw": "params"}[config.eval.weights]
     abstract = make_training(config, network, pretrained, mesh).abstract
-    state = Checkpoints(workdir / "checkpoints").restore(abstract, only=(field, "examples"))
+    state = Checkpoints(workdir / CHECKPOINTS).restore(abstract, only=(field, "examples"))
     return int(state.examples), getattr(state, field)
 
 
@@ -211,6 +211,11 @@ def key(config: RunConfig, use: str) -> jax.Array:
 def records(config: RunConfig, workdir: Path, part: str = "train") -> Path:
     """The directory of latents of a part, "train" or "validation"."""
     return Path(config.data.records or workdir / "latents") / part
+
+
+def validation_records(config: RunConfig, workdir: Path) -> Path:
+    """The directory of latents that the validation loss, and prompts that are captions, come from."""
+    return records(config, workdir, "validation" if config.data.validation else "train")
 
 
 def autoencoder_of(pretrained: Pretrained) -> Autoencoder:
@@ -265,7 +270,7 @@ def make_validation(
     """`validate(params, frozen) -> {noise level: loss}` on fixed records and noise; {} where none is wanted."""
     if not config.eval.validation:
         return lambda params, frozen: {}
-    directory = records(config, workdir, "validation" if config.data.validation else "train")
+    directory = validation_records(config, workdir)
     count = min(config.eval.validation, check_records(config, directory, pretrained).written)
     tokenizer = None if config.data.text_embeddings else pretrained.tokenizer
     whole = fixed_batch(directory, range(count), tokenizer=tokenizer)
@@ -303,6 +308,12 @@ def make_sampling(config: RunConfig, network: Functional, pretrained: Pretrained
         sampler=config.sampling.sampler,
         shape=(side, side, pretrained.autoencoder.config.latent_channels),
     )
+
+
+def make_prompts(config: RunConfig, workdir: Path) -> Prompts:
+    """The prompts that the run is evaluated on; ValueError or FileNotFoundError where they cannot be had."""
+    captions = functools.partial(main_captions, validation_records(config, workdir))
+    return read_prompts(config.eval.prompts, captions)
 
 
 def make_evaluator(

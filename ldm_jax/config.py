@@ -5,9 +5,12 @@ between the two, and `ldm_jax.flags` is the command line over both.
 """
 
 import dataclasses
+import fnmatch
+from pathlib import Path
 
-from ldm_jax.configuration import choice, one_of
+from ldm_jax.configuration import CONFIG_FILE, choice, config_difference, one_of, to_json
 from ldm_jax.data.captions import CaptionPolicy
+from ldm_jax.data.durable import write_atomically
 from ldm_jax.diffusion import (
     DDIM,
     DRAWS,
@@ -92,9 +95,7 @@ class EvalConfig:
     """Evaluation in the loop, and of `ldm_jax.evaluate`."""
 
     every: int = 100_000  # examples between evaluations
-    prompts: str = (
-        "scenes:simple"  # scenes:PRESET?count=64&seed=1, or file:PATH with a prompt a line
-    )
+    prompts: str = "scenes:simple"  # scenes:PRESET?count=64&seed=1, file:PATH with a prompt a line, or captions:64 of the data
     weights: str = one_of(WEIGHTS, "ema")  # which parameters are evaluated
     shown: int = 16  # images in the grid
     validation: int = 256  # records of the validation loss; 0: none
@@ -140,3 +141,28 @@ MAY_CHANGE = (
     "data.workers",
     "data.encode_batch",
 )
+CHECKPOINTS = "checkpoints"  # the directory of a run that says that its training has begun
+
+
+def claim(config: RunConfig, workdir: Path) -> None:
+    """Writes the config of a run into its directory, where later commands find it.
+
+    Until training has begun any setting may change; what the latents were made with is their manifest's business.
+
+    Raises:
+      ValueError: the directory holds another run; the sentence says in which settings.
+    """
+    path, text = workdir / CONFIG_FILE, to_json(config)
+    if path.exists() and (workdir / CHECKPOINTS).exists():
+        differences = [
+            str(difference)
+            for difference in config_difference(path.read_text(), text)
+            if not any(fnmatch.fnmatch(difference.path, pattern) for pattern in MAY_CHANGE)
+        ]
+        if differences:
+            raise ValueError(
+                f"{workdir} holds another run: {'; '.join(differences)}. Give the values it was begun with, or another "
+                f"--workdir (only {', '.join(MAY_CHANGE)} may change)"
+            )
+    workdir.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, text.encode())

@@ -36,6 +36,8 @@ from typing import Any, NamedTuple, TypeVar
 
 from ml_collections import config_dict
 
+CONFIG_FILE = "config.json"  # what a run's directory keeps its config in
+
 Config = TypeVar("Config")
 Section = config_dict.ConfigDict | Mapping
 

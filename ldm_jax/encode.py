@@ -3,8 +3,8 @@
     python -m ldm_jax.encode --config=configs/demo.py --workdir=runs/demo
     python -m ldm_jax.encode --config=configs/photos.py --config.data.source=folder:/photos --workdir=runs/photos
 
-The latents go to WORKDIR/latents (or data.records) with a manifest that lists what was skipped and why. Killed at any
-moment, the same command continues where it stopped.
+The latents go to WORKDIR/latents (or data.records) with a manifest that lists what was skipped and why, and the config
+to WORKDIR, where the other commands find it. Killed at any moment, the same command continues where it stopped.
 """
 
 import argparse
@@ -14,7 +14,7 @@ import logging
 import jax
 
 from ldm_jax import build
-from ldm_jax.config import RunConfig
+from ldm_jax.config import RunConfig, claim
 from ldm_jax.data import open_source
 from ldm_jax.data.encoding import Limits, TextEncoder, encode
 from ldm_jax.data.latents import Manifest
@@ -27,6 +27,7 @@ def main(flags: argparse.Namespace) -> None:
     """Encodes the training source, and that of the validation loss where it has its own."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
     config: RunConfig = flags.config
+    claim(config, flags.workdir)
     data = config.data
     pretrained = build.load_pretrained(config)
     frozen = pretrained.params

@@ -14,7 +14,6 @@ from ldm_jax import build
 from ldm_jax.config import RunConfig
 from ldm_jax.configuration import to_json
 from ldm_jax.evals.image_grids import save_grid
-from ldm_jax.evals.prompts import read_prompts
 from ldm_jax.flags import run_command
 from ldm_jax.types import Estimate
 
@@ -26,7 +25,7 @@ def main(flags: argparse.Namespace) -> None:
     pretrained, mesh = build.load_pretrained(config), build.mesh_of(config)
     network = build.make_backbone(config, pretrained)
     examples, params = build.load_weights(config, flags.workdir, network, pretrained, mesh)
-    prompts = read_prompts(config.eval.prompts)
+    prompts = build.make_prompts(config, flags.workdir)
     evaluator = build.make_evaluator(config, prompts, network, pretrained, mesh)
     validate = build.make_validation(config, flags.workdir, network, pretrained)
     evaluation = evaluator(params, pretrained.params, config.sampling.guidance)

@@ -25,10 +25,9 @@ from typing import Any, NoReturn
 from ml_collections import config_dict
 
 from ldm_jax import configuration
-from ldm_jax.configuration import Setting
+from ldm_jax.configuration import CONFIG_FILE, Setting
 
 HELP_COLUMN = 46
-CONFIG_FILE = "config.json"  # what a run's directory keeps its config in
 _MISSING_KEY = re.compile(r"^(Key \W)?(?P<key>\w+)(\W does not exist|$)")
 _NEAREST_KEY = re.compile(r"Did you mean \W(\w+)")
 USER_ERRORS = (ValueError, OSError, FloatingPointError)

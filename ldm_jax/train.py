@@ -1,13 +1,13 @@
 """Trains a text-to-image latent diffusion model on encoded data.
 
-    python -m ldm_jax.train --config=configs/demo.py --workdir=runs/demo
+    python -m ldm_jax.train --workdir=runs/demo
 
-WORKDIR gets the config, the checkpoints, metrics (JSON lines and TensorBoard), and evaluations with samples.
-Killed at any moment, the same command continues from the last checkpoint and ends as if nothing had happened.
+Without --config it takes the one that the data was encoded with. WORKDIR gets the config, the checkpoints, metrics
+(JSON lines and TensorBoard), and evaluations with samples. Killed at any moment, the same command continues from the
+last checkpoint and ends as if nothing had happened.
 """
 
 import argparse
-import fnmatch
 import json
 import logging
 import subprocess
@@ -17,13 +17,11 @@ import jax
 import numpy as np
 
 from ldm_jax import build
-from ldm_jax.config import MAY_CHANGE, RunConfig
-from ldm_jax.configuration import config_difference, to_json
-from ldm_jax.data.durable import write_atomically
+from ldm_jax.config import CHECKPOINTS, RunConfig, claim
+from ldm_jax.configuration import to_json
 from ldm_jax.data.scenes import render
 from ldm_jax.evals.journal import Journal
-from ldm_jax.evals.prompts import Prompts, read_prompts
-from ldm_jax.flags import CONFIG_FILE, run_command
+from ldm_jax.flags import run_command
 from ldm_jax.models.flops import traced_flops
 from ldm_jax.nn.functional import Functional
 from ldm_jax.scaling.records import RunRecord, append_record
@@ -45,7 +43,7 @@ def main(flags: argparse.Namespace) -> None:
     loader = build.make_loader(config, workdir, pretrained)
     network = build.make_backbone(config, pretrained)
     training = build.make_training(config, network, pretrained, mesh)
-    checkpoints = Checkpoints(workdir / "checkpoints", keep=config.train.keep)
+    checkpoints = Checkpoints(workdir / CHECKPOINTS, keep=config.train.keep)
     state = begin(training, checkpoints)
     metrics = Metrics(workdir, config.train.log_every, tensorboard(workdir), int(state.examples))
     evaluate = Evaluate(config, workdir, network, pretrained, mesh, metrics)
@@ -79,28 +77,6 @@ def main(flags: argparse.Namespace) -> None:
     append_record(workdir / "record.jsonl", record(config, workdir, state, flops))
 
 
-def claim(config: RunConfig, workdir: Path) -> None:
-    """Writes the config beside the checkpoints, if what is there already allows it.
-
-    Raises:
-      ValueError: the directory holds another run; the sentence says in which settings.
-    """
-    path, text = workdir / CONFIG_FILE, to_json(config)
-    if path.exists():
-        differences = [
-            str(difference)
-            for difference in config_difference(path.read_text(), text)
-            if not any(fnmatch.fnmatch(difference.path, pattern) for pattern in MAY_CHANGE)
-        ]
-        if differences:
-            raise ValueError(
-                f"{workdir} holds another run: {'; '.join(differences)}. Give the values it was begun with, or another "
-                f"--workdir (only {', '.join(MAY_CHANGE)} may change)"
-            )
-    workdir.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, text.encode())
-
-
 def begin(training: build.Training, checkpoints: Checkpoints) -> State:
     """The newest sound checkpoint, or a fresh state where there is no checkpoint at all."""
     if checkpoints.latest() is None:
@@ -122,7 +98,7 @@ class Evaluate(Hook):
         mesh: jax.sharding.Mesh,
         metrics: Metrics,
     ) -> None:
-        self._prompts: Prompts = read_prompts(config.eval.prompts)
+        self._prompts = build.make_prompts(config, workdir)
         self._evaluator = build.make_evaluator(config, self._prompts, network, pretrained, mesh)
         self._validate = build.make_validation(config, workdir, network, pretrained)
         self._journal = Journal(workdir, config.eval.shown)

@@ -27,10 +27,20 @@ TINY = RunConfig(
 )
 
 
-def begin(workdir: Path, config: RunConfig = TINY) -> None:
-    """Puts the config where the commands look for it when none is given."""
-    workdir.mkdir(parents=True, exist_ok=True)
-    (workdir / "config.json").write_text(to_json(config))
+FILE = """from ldm_jax.config import RunConfig
+from ldm_jax.configuration import from_json, to_config_dict
+
+
+def get_config():
+    return to_config_dict(from_json({text!r}, RunConfig))
+"""
+
+
+def given(directory: Path, config: RunConfig = TINY) -> str:
+    """The flag `--config=FILE`, with a config file that was written for it."""
+    path = directory / "given.py"
+    path.write_text(FILE.format(text=to_json(config)))
+    return f"--config={path}"
 
 
 def run(command, workdir: Path, *words: str, **options) -> None:
@@ -40,6 +50,5 @@ def run(command, workdir: Path, *words: str, **options) -> None:
 
 def run_whole(workdir: Path, config: RunConfig = TINY) -> None:
     """Encodes and trains."""
-    begin(workdir, config)
-    run(encode, workdir)
+    run(encode, workdir, given(workdir, config))
     run(train, workdir)

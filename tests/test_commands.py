@@ -115,42 +115,39 @@ def test_latents_of_another_autoencoder_are_refused(run, tmp_path):
     fields = json.loads(manifest.read_text())
     fields["autoencoder"]["fingerprint"] = "0" * 16
     manifest.write_text(json.dumps(fields))
-    runs.begin(workdir)
     with pytest.raises(ValueError, match="made by the encoder 0000000000000000"):
-        runs.run(train, workdir)
+        runs.run(train, workdir, runs.given(tmp_path))
 
 
 def test_latents_of_another_size_are_refused(run, tmp_path):
     data = dataclasses.replace(runs.TINY.data, size=128)
-    runs.begin(tmp_path, dataclasses.replace(runs.TINY, data=data))
     (tmp_path / "latents").symlink_to(run / "latents")
+    other = runs.given(tmp_path, dataclasses.replace(runs.TINY, data=data))
     with pytest.raises(ValueError, match=r"images of 64 pixels, and data.size is 128"):
-        runs.run(train, tmp_path)
+        runs.run(train, tmp_path, other)
 
 
 def test_training_before_encoding_says_so(tmp_path):
-    runs.begin(tmp_path)
     with pytest.raises(ValueError, match="encoding into it was not finished"):
-        runs.run(train, tmp_path)
+        runs.run(train, tmp_path, runs.given(tmp_path))
 
 
 def test_a_backbone_that_does_not_fit_is_refused(run, tmp_path):
     config = dataclasses.replace(
         runs.TINY, backbone=dataclasses.replace(runs.TINY.backbone, text_width=32)
     )
-    runs.begin(tmp_path, config)
     (tmp_path / "latents").symlink_to(run / "latents")
     with pytest.raises(ValueError, match=r"text_width is 32, and the pretrained models have 64"):
-        runs.run(train, tmp_path)
+        runs.run(train, tmp_path, runs.given(tmp_path, config))
 
 
 def test_a_directory_without_the_weights_is_refused(tmp_path):
-    runs.begin(tmp_path)
+    given = runs.given(tmp_path)
     with pytest.raises(FileNotFoundError, match="no directory"):
-        runs.run(encode, tmp_path, "--config.pretrained=/nowhere")
+        runs.run(encode, tmp_path, given, "--config.pretrained=/nowhere")
     (tmp_path / "empty").mkdir()
     with pytest.raises(FileNotFoundError):
-        runs.run(encode, tmp_path, f"--config.pretrained={tmp_path / 'empty'}")
+        runs.run(encode, tmp_path, given, f"--config.pretrained={tmp_path / 'empty'}")
 
 
 def test_no_prompt_and_no_seed_are_sentences(run):
@@ -175,11 +172,18 @@ def test_a_folder_of_photographs_goes_through_without_a_line_of_code(tmp_path):
     (photos / "23.txt").write_text("")
     workdir = tmp_path / "run"
     data = dataclasses.replace(runs.TINY.data, source=f"folder:{photos}", text_embeddings=True)
-    runs.begin(workdir, dataclasses.replace(runs.TINY, data=data))
-    runs.run(encode, workdir)
+    runs.run(encode, workdir, runs.given(tmp_path, dataclasses.replace(runs.TINY, data=data)))
     manifest = json.loads((workdir / "latents" / "train" / "manifest.json").read_text())
     assert (manifest["written"], manifest["skipped"]) == (23, {"empty caption": ["23.jpg"]})
-    runs.run(train, workdir, "--config.train.examples=16", "--config.eval.every=16")
+    words = (
+        "--config.train.examples=16",
+        "--config.eval.every=16",
+        "--config.eval.prompts=captions:4",
+    )
+    runs.run(train, workdir, *words)
+    prompts = json.loads((workdir / "prompts.json").read_text())
+    assert {row["prompt"] for row in prompts} <= {f"picture number {n}" for n in range(23)}
+    assert len(prompts) == 4
     runs.run(sample, workdir, "--prompt=picture number 3", add_flags=sample.add_flags)
     with Image.open(workdir / "images" / "00000-00.png") as image:
         assert image.size == (64, 64)

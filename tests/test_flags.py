@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from ldm_jax import flags
-from ldm_jax.configuration import to_json
+from ldm_jax.configuration import CONFIG_FILE, to_json
 
 PROGRAM = """
 import argparse, dataclasses
@@ -128,7 +128,7 @@ def test_argument_after_the_colon_reaches_get_config(program):
 
 def test_without_config_the_run_goes_by_its_own(program, tmp_path):
     run = dataclasses.replace(program.Run(), prediction="eps")
-    Path(tmp_path, flags.CONFIG_FILE).write_text(to_json(run))
+    Path(tmp_path, CONFIG_FILE).write_text(to_json(run))
     words = [f"--workdir={tmp_path}", "--config.train.batch=8"]
     config = flags.parse(words, program.Run).config
     assert config == dataclasses.replace(run, train=program.Train(batch=8))
@@ -200,7 +200,7 @@ def test_missing_flags_are_named(program):
 
 
 def test_stored_config_that_does_not_fit_is_named(program):
-    Path(flags.CONFIG_FILE).write_text('{"train": {"batches": 3}}')
+    Path(CONFIG_FILE).write_text('{"train": {"batches": 3}}')
     assert refusal(program, "--workdir=.").startswith("config.json: config.train has no 'batches'")
 
 

@@ -104,7 +104,7 @@ def train(assets: Path, steps: int) -> None:
         )
 
     shutil.copytree(assets / "tokenizer", assets / "clip", dirs_exist_ok=True)
-    data = batches(prepare, BATCH)
+    data = batches(prepare, BATCH, presets=("simple", "full"))
     params = jax.jit(init)(jax.random.key(0))
     optimise("clip", loss, params, data, save, steps=steps, learning_rate=LEARNING_RATE)
 

@@ -24,12 +24,17 @@ def images(scenes: list[Scene]) -> np.ndarray:
 
 
 def batches(
-    make: Callable[[list[Scene]], Any], size: int, *, preset: str = "full", split: str = "all"
+    make: Callable[[list[Scene]], Any],
+    size: int,
+    *,
+    presets: tuple[str, ...] = ("full",),
+    split: str = "all",
 ) -> Iterator[Any]:
-    """`make(scenes)` for one batch of new scenes after another, one batch ahead of the caller."""
+    """`make(scenes)` for one batch of new scenes after another, the presets in turn, one batch ahead of the caller."""
 
     def batch(number: int) -> Any:
         indices = range(number * size, (number + 1) * size)
+        preset = presets[number % len(presets)]
         return make(draw(indices, seed=TRAINING, preset=preset, split=split))
 
     with concurrent.futures.ThreadPoolExecutor(1) as executor:

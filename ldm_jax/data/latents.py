@@ -181,3 +181,16 @@ def open_records(
         if shard.records
     ]
     return grain.sources.ArrayRecordDataSource(parts)
+
+
+def main_captions(directory: str | Path, count: int) -> list[str]:
+    """The main captions of the first records, in the order of the source.
+
+    Raises:
+      ValueError: if the directory is not finished, or holds fewer records.
+    """
+    manifest = Manifest.read_from(directory)
+    if count > manifest.written:
+        raise ValueError(f"{directory} holds {manifest.written} records, and {count} are asked for")
+    records = open_records(directory, manifest.shards)
+    return [unpack(records[index]).captions[0] for index in range(count)]

@@ -1,6 +1,7 @@
 """Prompt sets: fixed lists of prompts that a model is evaluated on."""
 
 import dataclasses
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,28 +23,31 @@ class Prompts(NamedTuple):
     scenes: tuple[Scene, ...] = ()
 
 
-def read_prompts(spec: str) -> Prompts:
-    """The prompts of `file:PATH` (one a line, blank lines left out) or `scenes:PRESET?count=64`.
+def read_prompts(spec: str, captions_of_data: Callable[[int], Sequence[str]]) -> Prompts:
+    """The prompts of `captions:64`, `file:PATH` (one a line, blank lines left out) or `scenes:PRESET?count=64`.
 
-    Half of the scenes' prompts, every other one, name a pair of kind and colour that training never shows; they are
-    the dense captions.
+    `captions_of_data(count)` gives the first captions of the run's own data. Half of the scenes' prompts, every other
+    one, name a pair of kind and colour that training never shows; they are the dense captions.
 
     Raises:
-      ValueError: no such prompt set, or no prompt in it.
+      ValueError: no such prompt set, no prompt in it.
       FileNotFoundError: no such file.
     """
     name, _, argument = spec.partition(":")
+    if name == "scenes":
+        return _of_scenes(open_source(spec))
     if name == "file":
         lines = Path(argument).read_text(encoding="utf-8").splitlines()
         texts = tuple(line.strip() for line in lines if line.strip())
         if not texts:
             raise ValueError(f"{argument} holds no prompt: one a line is read")
-        return Prompts(texts, ("",) * len(texts))
-    if name != "scenes":
+    elif name == "captions" and argument.isdecimal() and int(argument):
+        texts = tuple(captions_of_data(int(argument)))
+    else:
         raise ValueError(
-            f"eval.prompts is {spec!r}; allowed are scenes:PRESET?count=64 and file:PATH"
+            f"eval.prompts is {spec!r}; allowed are captions:COUNT, file:PATH and scenes:PRESET?count=64"
         )
-    return _of_scenes(open_source(spec))
+    return Prompts(texts, ("",) * len(texts))
 
 
 def _of_scenes(source: Scenes) -> Prompts:

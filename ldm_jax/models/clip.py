@@ -17,6 +17,7 @@ from jaxtyping import Array, Float
 
 from ldm_jax.models.names import check_fixed
 from ldm_jax.nn.attention import attention
+from ldm_jax.nn.layers import linear
 from ldm_jax.nn.stack import Stack
 from ldm_jax.types import Images, Tokens
 
@@ -160,7 +161,7 @@ def _linear(
     inputs: int, outputs: int, std: float, dtype: str, rngs: nnx.Rngs, use_bias: bool = True
 ) -> nnx.Linear:
     init = nnx.initializers.normal(std)
-    return nnx.Linear(inputs, outputs, use_bias=use_bias, kernel_init=init, dtype=dtype, rngs=rngs)
+    return linear(inputs, outputs, use_bias=use_bias, kernel_init=init, dtype=dtype, rngs=rngs)
 
 
 def _embed(num: int, features: int, dtype: str, rngs: nnx.Rngs) -> nnx.Embed:

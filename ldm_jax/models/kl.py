@@ -20,6 +20,7 @@ from ldm_jax.nn.layers import (
     ResBlock,
     Upsample,
     conv3x3,
+    linear,
 )
 from ldm_jax.types import Images, Latent
 
@@ -197,8 +198,8 @@ class AutoencoderKL(nnx.Module):
         self.encoder = Encoder(config, rngs)
         self.decoder = Decoder(config, rngs)
         if config.use_quant_conv:
-            self.quant_conv = nnx.Linear(moments, moments, dtype=config.dtype, rngs=rngs)
-            self.post_quant_conv = nnx.Linear(latent, latent, dtype=config.dtype, rngs=rngs)
+            self.quant_conv = linear(moments, moments, dtype=config.dtype, rngs=rngs)
+            self.post_quant_conv = linear(latent, latent, dtype=config.dtype, rngs=rngs)
         self.config = config
 
     def encode(self, images: Images) -> tuple[Latent, Latent]:

@@ -21,6 +21,7 @@ from ldm_jax.nn.layers import (
     TimeEmbedding,
     Upsample,
     conv3x3,
+    linear,
     zeros,
 )
 from ldm_jax.nn.stack import Stack, rematerialised
@@ -51,10 +52,10 @@ class Attention(nnx.Module):
     def __init__(
         self, width: int, source_width: int, num_heads: int, dtype: str, rngs: nnx.Rngs
     ) -> None:
-        self.to_q = nnx.Linear(width, width, use_bias=False, dtype=dtype, rngs=rngs)
-        self.to_k = nnx.Linear(source_width, width, use_bias=False, dtype=dtype, rngs=rngs)
-        self.to_v = nnx.Linear(source_width, width, use_bias=False, dtype=dtype, rngs=rngs)
-        self.to_out = nnx.Linear(width, width, dtype=dtype, rngs=rngs)
+        self.to_q = linear(width, width, use_bias=False, dtype=dtype, rngs=rngs)
+        self.to_k = linear(source_width, width, use_bias=False, dtype=dtype, rngs=rngs)
+        self.to_v = linear(source_width, width, use_bias=False, dtype=dtype, rngs=rngs)
+        self.to_out = linear(width, width, dtype=dtype, rngs=rngs)
         self.num_heads = num_heads
 
     def keys_values(self, source: Float[Arr, "B L E"]) -> KeysValues:
@@ -77,8 +78,8 @@ class GEGLU(nnx.Module):
     """A feed-forward layer of four times the width, gated by a GELU (Shazeer 2020, arXiv:2002.05202)."""
 
     def __init__(self, width: int, dtype: str, rngs: nnx.Rngs) -> None:
-        self.expand = nnx.Linear(width, 8 * width, dtype=dtype, rngs=rngs)
-        self.contract = nnx.Linear(4 * width, width, dtype=dtype, rngs=rngs)
+        self.expand = linear(width, 8 * width, dtype=dtype, rngs=rngs)
+        self.contract = linear(4 * width, width, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Float[Arr, "B N D"]) -> Float[Arr, "B N D"]:
         value, gate = jnp.split(self.expand(x), 2, axis=-1)
@@ -118,9 +119,9 @@ class Transformer(nnx.Module):
             return TransformerBlock(width, config.text_width, num_heads, dtype, rngs)
 
         self.norm = GroupNorm(width, config.num_groups, TRANSFORMER_EPSILON, dtype=dtype)
-        self.proj_in = nnx.Linear(width, width, dtype=dtype, rngs=rngs)
+        self.proj_in = linear(width, width, dtype=dtype, rngs=rngs)
         self.transformer_blocks = Stack(make_block, depth, rngs, config.remat)
-        self.proj_out = nnx.Linear(width, width, kernel_init=zeros, dtype=dtype, rngs=rngs)
+        self.proj_out = linear(width, width, kernel_init=zeros, dtype=dtype, rngs=rngs)
 
     def prepare(self, tokens: Float[Arr, "B L E"]) -> StackedKeysValues:
         k, v = self.transformer_blocks.map(lambda block: block.attn2.keys_values(tokens))

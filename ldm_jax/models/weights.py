@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -84,7 +85,9 @@ def save(
     text = json.dumps(dict(config), indent=2, sort_keys=True) + "\n"
     _replace(directory / "config.json", lambda path: path.write_text(text))
     metadata = {"format": "pt"}  # transformers refuses a file without it
-    _replace(directory / f"{stem}.safetensors", lambda path: save_file(tensors, path, metadata))
+    file = directory / f"{stem}.safetensors"
+    _replace(file, lambda path: save_file(tensors, path, metadata))
+    shutil.copymode(directory / "config.json", file)  # save_file lets nobody else read it
 
 
 def fingerprint(params: Params) -> str:

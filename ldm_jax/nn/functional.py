@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from ldm_jax.types import Params
@@ -25,6 +26,9 @@ def functional(make: Callable[[nnx.Rngs], nnx.Module]) -> Functional:
     graph, _ = nnx.split(nnx.eval_shape(lambda: make(nnx.Rngs(0))))
 
     def init(key: jax.Array) -> Params:
+        # XLA's own generator: a threefry draw for every parameter takes a minute to compile on a CPU.
+        seed = jnp.resize(jax.random.key_data(key), 4)
+        key = jax.random.wrap_key_data(seed, impl="unsafe_rbg")
         return _rekey(nnx.to_pure_dict(nnx.split(make(nnx.Rngs(key)))[1]), str)
 
     def apply(params: Params, *args: Any, method: str = "__call__", **kwargs: Any) -> Any:

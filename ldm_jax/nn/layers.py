@@ -1,6 +1,7 @@
 """The convolutional layers that the autoencoder and the UNet share; attributes are named as diffusers names them."""
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -47,6 +48,16 @@ class GroupNorm(nnx.Module):
         centred = x - mean_BC[:, None, None]
         y = centred * slope_BC[:, None, None] + self.bias[...][None, None, None]
         return y.astype(self.dtype)
+
+
+def linear(inputs: int, outputs: int, **options: Any) -> nnx.Linear:
+    """A dense layer over the last dim, as one product of two matrices: on CPUs its gradient takes half the time."""
+    return nnx.Linear(inputs, outputs, dot_general=_matrix_product, **options)
+
+
+def _matrix_product(x: jax.Array, kernel: jax.Array, _: Any, **options: Any) -> jax.Array:
+    y = jnp.matmul(x.reshape(-1, x.shape[-1]), kernel, **options)
+    return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
 def conv3x3(
@@ -119,11 +130,11 @@ class ResBlock(nnx.Module):
         self.norm1 = GroupNorm(inputs, num_groups, epsilon, dtype=dtype)
         self.conv1 = conv3x3(inputs, outputs, dtype=dtype, rngs=rngs)
         if time_width:
-            self.time_emb_proj = nnx.Linear(time_width, outputs, dtype=dtype, rngs=rngs)
+            self.time_emb_proj = linear(time_width, outputs, dtype=dtype, rngs=rngs)
         self.norm2 = GroupNorm(outputs, num_groups, epsilon, dtype=dtype)
         self.conv2 = conv3x3(outputs, outputs, kernel_init=last_init, dtype=dtype, rngs=rngs)
         if inputs != outputs:
-            self.conv_shortcut = nnx.Linear(inputs, outputs, dtype=dtype, rngs=rngs)
+            self.conv_shortcut = linear(inputs, outputs, dtype=dtype, rngs=rngs)
         self.has_shortcut = inputs != outputs
 
     def __call__(self, x: Map, time: Float[Arr, "B T"] | None = None) -> Map:
@@ -143,7 +154,7 @@ class PixelAttention(nnx.Module):
     ) -> None:
         self.group_norm = GroupNorm(channels, num_groups, epsilon, dtype=dtype)
         self.to_q, self.to_k, self.to_v, self.to_out = (
-            nnx.Linear(channels, channels, dtype=dtype, rngs=rngs) for _ in range(4)
+            linear(channels, channels, dtype=dtype, rngs=rngs) for _ in range(4)
         )
 
     def __call__(self, x: Map) -> Map:
@@ -156,8 +167,8 @@ class TimeEmbedding(nnx.Module):
     """The time -> a vector, by sinusoids and a layer of two."""
 
     def __init__(self, width: int, outputs: int, *, dtype: str, rngs: nnx.Rngs) -> None:
-        self.linear_1 = nnx.Linear(width, outputs, dtype=dtype, rngs=rngs)
-        self.linear_2 = nnx.Linear(outputs, outputs, dtype=dtype, rngs=rngs)
+        self.linear_1 = linear(width, outputs, dtype=dtype, rngs=rngs)
+        self.linear_2 = linear(outputs, outputs, dtype=dtype, rngs=rngs)
         self.width = width
 
     def __call__(self, told: PerExample) -> Float[Arr, "B T"]:

@@ -87,8 +87,12 @@ def test_another_guidance_compiles_nothing_and_changes_the_images():
     assert np.abs(first.images - second.images).max() > 0.1
 
 
+def no_data(count):
+    raise AssertionError("nobody asked for the captions of the data")
+
+
 def test_prompts_of_scenes_are_half_seen_and_half_held_out():
-    prompts = read_prompts("scenes:full?count=40")
+    prompts = read_prompts("scenes:full?count=40", no_data)
     assert prompts.groups == (SEEN, HELD_OUT) * 20
     for group, scene in zip(prompts.groups, prompts.scenes, strict=True):
         assert any(thing.held_out for thing in scene.things) == (group == HELD_OUT)
@@ -97,12 +101,26 @@ def test_prompts_of_scenes_are_half_seen_and_half_held_out():
 def test_prompts_of_a_file_are_its_lines(tmp_path):
     path = tmp_path / "prompts.txt"
     path.write_text("a red circle\n\n  a café \n", encoding="utf-8")
-    assert read_prompts(f"file:{path}").texts == ("a red circle", "a café")
+    assert read_prompts(f"file:{path}", no_data).texts == ("a red circle", "a café")
     path.write_text("\n")
     with pytest.raises(ValueError, match="holds no prompt"):
-        read_prompts(f"file:{path}")
-    with pytest.raises(ValueError, match="allowed are scenes"):
-        read_prompts("prompts.txt")
+        read_prompts(f"file:{path}", no_data)
+
+
+def test_prompts_may_be_captions_of_the_data():
+    captions = ["a dog", "a cat", "a bird"]
+    prompts = read_prompts("captions:2", lambda count: captions[:count])
+    assert (prompts.texts, prompts.groups, prompts.scenes) == (("a dog", "a cat"), ("", ""), ())
+
+
+@pytest.mark.parametrize(
+    "spec", ["prompts.txt", "captions:", "captions:0", "captions:-1", "captions:x"]
+)
+def test_prompts_that_cannot_be_are_refused_with_what_is_allowed(spec):
+    with pytest.raises(
+        ValueError, match=f"{spec}.*allowed are captions:COUNT, file:PATH and scenes"
+    ):
+        read_prompts(spec, no_data)
 
 
 def test_a_grid_holds_every_image_in_reading_order_on_white():

@@ -76,14 +76,11 @@ def test_parameters_have_a_leading_layer_axis_and_differ_between_layers(params):
     assert len(np.unique(np.asarray(params["layers"]["block"]["gain"]))) == DEPTH * WIDTH
 
 
-def test_layers_are_those_that_the_blocks_constructor_makes(params):
-    key = jax.random.split(nnx.Rngs(jax.random.key(0)).params(), DEPTH)[1]
-    alone = jax.jit(functional(Block).init)(key)
-    jax.tree.map(
-        lambda one, all: np.testing.assert_array_equal(one, all[1]),
-        alone,
-        params["layers"]["block"],
-    )
+def test_layers_are_those_that_the_blocks_constructor_makes():
+    stack = Stack(Block, DEPTH, nnx.Rngs(0))
+    alone = Block(nnx.Rngs(jax.random.split(nnx.Rngs(0).params(), DEPTH)[1]))
+    one, every = (nnx.to_pure_dict(nnx.split(module)[1]) for module in (alone, stack.block))
+    jax.tree.map(lambda one, every: np.testing.assert_array_equal(one, every[1]), one, every)
 
 
 def test_abstract_and_jitted_parameters_agree(params):
