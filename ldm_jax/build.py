@@ -86,7 +86,8 @@ def load_pretrained(config: RunConfig) -> Pretrained:
     `reader`, which answers questions about scenes. A score whose network is not there is left out, and it is said.
 
     Raises:
-      FileNotFoundError, ValueError: no such directory, or weights that are missing or of another shape.
+      FileNotFoundError, ValueError: no such directory, weights that are missing or of another shape, or a
+        tokenizer that does not fit its text encoder.
     """
     directory = pretrained_directory(config)
     clip = Path(config.eval.clip) if config.eval.clip else directory / "clip"
@@ -94,7 +95,7 @@ def load_pretrained(config: RunConfig) -> Pretrained:
         _log.warning("There is no CLIP score: %s is no directory (eval.clip names one).", clip)
     tokenizer = Tokenizer.from_directory(directory / "tokenizer")
     has_clip = clip.is_dir()
-    return Pretrained(
+    pretrained = Pretrained(
         tokenizer=tokenizer,
         autoencoder=_load(directory / "vae", KLConfig.from_diffusers, AutoencoderKL, names.KL),
         text_encoder=_load(
@@ -106,6 +107,22 @@ def load_pretrained(config: RunConfig) -> Pretrained:
         if (directory / "reader").is_dir()
         else None,
     )
+    _check_tokenizer(directory, tokenizer, pretrained.text_encoder.config)
+    if has_clip:
+        _check_tokenizer(clip, pretrained.clip_tokenizer, pretrained.clip.config.text)
+    return pretrained
+
+
+def _check_tokenizer(directory: Path, tokenizer: Tokenizer, text: CLIPTextConfig) -> None:
+    """An id that the network does not embed would become NaN without a word."""
+    for name, given, allowed in (
+        ("vocabulary", tokenizer.vocab_size, text.vocab_size),
+        ("model_max_length", tokenizer.max_length, text.max_position_embeddings),
+    ):
+        if given > allowed:
+            raise ValueError(
+                f"{directory}: the tokenizer's {name} is {given}, and the text encoder has embeddings for {allowed}"
+            )
 
 
 def pretrained_directory(config: RunConfig) -> Path:

@@ -95,7 +95,7 @@ class EvalConfig:
     """Evaluation in the loop, and of `ldm_jax.evaluate`."""
 
     every: int = 100_000  # examples between evaluations
-    prompts: str = "scenes:simple"  # scenes:PRESET?count=64&seed=1, file:PATH with a prompt a line, or captions:64 of the data
+    prompts: str = "scenes:simple"  # scenes:PRESET?count=64&seed=1, file:PATH (one a line) or captions:64 (of the data)
     weights: str = one_of(WEIGHTS, "ema")  # which parameters are evaluated
     shown: int = 16  # images in the grid
     validation: int = 256  # records of the validation loss; 0: none

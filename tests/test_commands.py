@@ -9,7 +9,7 @@ import pytest
 import runs
 from PIL import Image
 
-from ldm_jax import encode, evaluate, report, sample, train
+from ldm_jax import build, encode, evaluate, report, sample, train
 from ldm_jax.flags import UsageError, parse
 
 LARGE_RED = "a large plain red circle at the center on a gray background"
@@ -148,6 +148,17 @@ def test_a_directory_without_the_weights_is_refused(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(FileNotFoundError):
         runs.run(encode, tmp_path, given, f"--config.pretrained={tmp_path / 'empty'}")
+
+
+def test_a_tokenizer_that_does_not_fit_its_text_encoder_is_refused(tmp_path):
+    assets = tmp_path / "assets"
+    shutil.copytree(build.pretrained_directory(runs.TINY), assets)
+    path = assets / "tokenizer" / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"model_max_length": 80}))
+    with pytest.raises(
+        ValueError, match="model_max_length is 80, and the text encoder has embeddings for 64"
+    ):
+        runs.run(encode, tmp_path, runs.given(tmp_path), f"--config.pretrained={assets}")
 
 
 def test_no_prompt_and_no_seed_are_sentences(run):

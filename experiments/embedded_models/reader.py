@@ -1,4 +1,4 @@
-"""The reader of scenes: a classifier that answers the questions of `ldm_jax.evals.faithfulness`.
+"""The reader of scenes: a network that answers the questions of `ldm_jax.evals.faithfulness`.
 
 It learns from renders and from reconstructions by the autoencoder, both blurred, faded and noisy at random, so
 that it reads what is drawn and not how crisply.
@@ -16,9 +16,10 @@ import optax
 from data import HELD_OUT, TRAINING, batches, draw, images
 from optimise import optimise
 
-from ldm_jax.data.scenes import Scene
+from ldm_jax.data.scenes import KINDS, Scene
 from ldm_jax.evals.faithfulness import (
     HEADS,
+    OF_A_KIND,
     OUTPUTS,
     SLICES,
     UNASKED,
@@ -31,9 +32,11 @@ from ldm_jax.models.reader import Reader, ReaderConfig
 from ldm_jax.nn.functional import functional
 from ldm_jax.types import Params
 
-CONFIG = ReaderConfig(channels=(24, 48, 80, 112, 128), outputs=OUTPUTS)
-BATCH, LEARNING_RATE = 48, 2e-3
-RECONSTRUCTED = 8192  # scenes that are seen through the autoencoder once, and drawn from ever after
+CONFIG = ReaderConfig(asked=((len(KINDS), OF_A_KIND), (1, OUTPUTS - len(KINDS) * OF_A_KIND)))
+BATCH, LEARNING_RATE = 32, 2e-3
+RECONSTRUCTED = (
+    16_384  # scenes that are seen through the autoencoder once, and drawn from ever after
+)
 
 
 def attribute_loss(logits: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -18,7 +18,7 @@ import json
 from pathlib import Path
 
 ASSETS = Path(__file__).parents[2] / "ldm_jax" / "assets" / "scenes"
-STEPS = {"autoencoder": 10_000, "reader": 3_000, "text_encoder": 4_000, "clip": 1_500}
+STEPS = {"autoencoder": 10_000, "reader": 4_000, "text_encoder": 4_000, "clip": 5_000}
 
 
 def main() -> None:

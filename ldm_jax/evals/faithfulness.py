@@ -39,6 +39,7 @@ SLICES = {
     for (head, values), end in zip(HEADS.items(), _ENDS, strict=True)
 }
 OUTPUTS = int(_ENDS[-1])
+OF_A_KIND = sum(len(values) for values in ATTRIBUTES.values())  # outputs for each kind
 
 
 class Question(NamedTuple):

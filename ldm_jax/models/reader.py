@@ -1,4 +1,4 @@
-"""A small convolutional classifier that reads a scene's attributes off its picture.
+"""A small network that reads a scene's attributes off its picture.
 
 It stands where TIFA (Hu et al. 2023, arXiv 2303.11897) has a visual question answering model: it answers
 multiple-choice questions about an image. What its outputs mean is the business of who trained it.
@@ -10,9 +10,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 from flax import nnx
 from jaxtyping import Array, Float
 
+from ldm_jax.nn.attention import attention
+from ldm_jax.nn.layers import linear
 from ldm_jax.types import Images
 
 
@@ -21,40 +24,65 @@ class ReaderConfig:
     """The reader's architecture.
 
     Attributes:
-      size: rows and columns of the images it reads, a multiple of 2 per stage.
-      channels: channels of each stage; every stage halves the resolution.
-      outputs: number of logits.
+      size: rows and columns of the images it reads, a multiple of the product of the strides.
+      channels, strides: of each convolution.
+      asked: (subjects, logits) of each group of subjects: what is asked of each subject of a group is the same.
       dtype: compute dtype; parameters are float32.
     """
 
     size: int = 64
-    channels: tuple[int, ...] = (24, 48, 64, 64)
-    outputs: int = 2
+    channels: tuple[int, ...] = (32, 64, 96, 96)
+    strides: tuple[int, ...] = (2, 2, 2, 1)
+    asked: tuple[tuple[int, int], ...] = ((1, 2),)
     dtype: str = "float32"
 
     @classmethod
     def from_dict(cls, config: dict[str, Any]) -> "ReaderConfig":
         """The config as its `config.json` has it."""
-        return cls(**{**config, "channels": tuple(config["channels"])})
+        lists = {name: tuple(config[name]) for name in ("channels", "strides")}
+        return cls(**{**config, **lists, "asked": tuple(map(tuple, config["asked"]))})
 
 
 class Reader(nnx.Module):
-    """Images to logits: strided 3x3 convolutions, group norms and one linear layer on the last map."""
+    """Images to logits: 3x3 convolutions, then each subject looks for itself in the map, by attention.
+
+    A subject is a learned query, and what it finds goes through layers that all subjects of its group share: how a
+    colour looks is learned once, not once for every kind of object.
+    """
 
     def __init__(self, config: ReaderConfig, rngs: nnx.Rngs) -> None:
-        widths = (3, *config.channels)
+        widths, width = (3, *config.channels), config.channels[-1]
         kinds = {"dtype": jnp.dtype(config.dtype), "rngs": rngs}
         self.convs = nnx.List(
-            nnx.Conv(i, o, (3, 3), strides=2, padding=1, **kinds)
-            for i, o in itertools.pairwise(widths)
+            nnx.Conv(i, o, (3, 3), strides=stride, padding=1, **kinds)
+            for (i, o), stride in zip(itertools.pairwise(widths), config.strides, strict=True)
         )
         self.norms = nnx.List(nnx.GroupNorm(o, num_groups=8, **kinds) for o in config.channels)
-        side = config.size >> len(config.channels)
-        self.out = nnx.Linear(side * side * widths[-1], config.outputs, **kinds)
+        side = config.size
+        for stride in config.strides:
+            side //= stride
+        normal = nnx.initializers.normal(1.0)
+        subjects = sum(count for count, _ in config.asked)
+        self.places = nnx.Param(normal(rngs.params(), (side * side, width)))
+        self.subjects = nnx.Param(normal(rngs.params(), (subjects, width)))
+        self.key, self.value = (linear(width, width, **kinds) for _ in range(2))
+        self.hidden = nnx.List(linear(width, width, **kinds) for _ in config.asked)
+        self.out = nnx.List(linear(width, logits, **kinds) for _, logits in config.asked)
+        self.counts = tuple(count for count, _ in config.asked)
 
     def __call__(self, images: Images) -> Float[Array, "B outputs"]:
-        """Logits, float32, of images in [-1, 1]."""
+        """Logits, float32, of images in [-1, 1]: subject after subject."""
         x = images
         for conv, norm in zip(self.convs, self.norms, strict=True):
             x = jax.nn.silu(norm(conv(x)))
-        return self.out(x.reshape(x.shape[0], -1)).astype(jnp.float32)
+        x_BND = rearrange(x, "B H W D -> B (H W) D") + self.places[...].astype(x.dtype)[None]
+        query_BQKD = jnp.repeat(self.subjects[...].astype(x.dtype)[None, :, None], len(x), axis=0)
+        key_BNKD, value_BNKD = (layer(x_BND)[:, :, None] for layer in (self.key, self.value))
+        found_BQD = attention(query_BQKD, key_BNKD, value_BNKD)[:, :, 0]
+        logits, first = [], 0
+        for count, hidden, out in zip(self.counts, self.hidden, self.out, strict=True):
+            group_BQD = found_BQD[:, first : first + count]
+            answers = out(jax.nn.silu(hidden(group_BQD)))
+            logits.append(rearrange(answers, "B Q O -> B (Q O)"))
+            first += count
+        return jnp.concatenate(logits, axis=1).astype(jnp.float32)
