@@ -1,4 +1,4 @@
-"""The main job in minutes on two cores: one object a scene, the embedded models, a UNet of 1.4M parameters."""
+"""The main job in minutes on two cores: one object a scene, the embedded models, a UNet of 1.1M parameters."""
 
 from ldm_jax.config import DataConfig, EvalConfig, RunConfig, SamplingConfig, TrainConfig
 from ldm_jax.configuration import to_config_dict
@@ -33,13 +33,13 @@ def get_config():
                 learning_rate=3e-3, warmup_examples=6_400, schedule="cosine", b2=0.99
             ),
             train=TrainConfig(
-                examples=128_000,
+                examples=80_000,
                 batch=64,
                 ema=5_000.0,
-                log_every=3_200,
-                save_every=32_000,
+                log_every=4_000,
+                save_every=20_000,
             ),
             sampling=SamplingConfig(steps=20, guidance=3.0, batch=64),
-            eval=EvalConfig(every=32_000, prompts="scenes:simple?count=128", shown=32),
+            eval=EvalConfig(every=20_000, prompts="scenes:simple?count=128", shown=32),
         )
     )

@@ -33,13 +33,13 @@ def get_config():
                 learning_rate=3e-3, warmup_examples=12_800, schedule="cosine", b2=0.99
             ),
             train=TrainConfig(
-                examples=448_000,
+                examples=256_000,
                 batch=64,
                 ema=10_000.0,
                 log_every=6_400,
-                save_every=64_000,
+                save_every=32_000,
             ),
             sampling=SamplingConfig(steps=20, guidance=3.0, batch=64),
-            eval=EvalConfig(every=64_000, prompts="scenes:full?count=128", shown=32),
+            eval=EvalConfig(every=32_000, prompts="scenes:full?count=128", shown=32),
         )
     )

@@ -29,11 +29,11 @@ from ldm_jax.models.tokenizer import Tokenizer
 from ldm_jax.models.unet import UNet
 from ldm_jax.models.unet_config import UNetConfig
 from ldm_jax.nn.functional import Functional, functional
-from ldm_jax.parallel import REPLICATED, make_mesh, shardings
+from ldm_jax.parallel import REPLICATED, make_mesh, put_batch, shardings
 from ldm_jax.training import State, abstract_state, init_state, make_optimizer, make_step
 from ldm_jax.training.checkpoints import Checkpoints
 from ldm_jax.training.step import Step
-from ldm_jax.types import Cond, Images, Latent, Params, Tokens
+from ldm_jax.types import Batch, Cond, Images, Latent, Params, Tokens
 
 MODULES = {UNetConfig: UNet}
 TABLE, RULES = ((".*", REPLICATED),), {}
@@ -79,8 +79,8 @@ class Pretrained(NamedTuple):
         return self.autoencoder.apply(frozen["autoencoder"], latents, method="decode")
 
 
-def load_pretrained(config: RunConfig) -> Pretrained:
-    """Reads the directory `config.pretrained`, in Stable Diffusion's layout as diffusers writes it.
+def load_pretrained(config: RunConfig, mesh: Mesh) -> Pretrained:
+    """Reads the directory `config.pretrained`, in Stable Diffusion's layout as diffusers writes it, onto the mesh.
 
     Beside `vae`, `text_encoder` and `tokenizer` it may hold `clip`, a CLIPModel with its tokenizer that scores, and
     `reader`, which answers questions about scenes. A score whose network is not there is left out, and it is said.
@@ -95,15 +95,16 @@ def load_pretrained(config: RunConfig) -> Pretrained:
         _log.warning("There is no CLIP score: %s is no directory (eval.clip names one).", clip)
     tokenizer = Tokenizer.from_directory(directory / "tokenizer")
     has_clip = clip.is_dir()
+    load = functools.partial(_load, mesh=mesh)
     pretrained = Pretrained(
         tokenizer=tokenizer,
-        autoencoder=_load(directory / "vae", KLConfig.from_diffusers, AutoencoderKL, names.KL),
-        text_encoder=_load(
+        autoencoder=load(directory / "vae", KLConfig.from_diffusers, AutoencoderKL, names.KL),
+        text_encoder=load(
             directory / "text_encoder", CLIPTextConfig.from_transformers, CLIPText, names.CLIP_TEXT
         ),
-        clip=_load(clip, CLIPConfig.from_transformers, CLIP, names.CLIP) if has_clip else None,
+        clip=load(clip, CLIPConfig.from_transformers, CLIP, names.CLIP) if has_clip else None,
         clip_tokenizer=Tokenizer.from_directory(clip) if has_clip else tokenizer,
-        reader=_load(directory / "reader", ReaderConfig.from_dict, Reader, names.Names())
+        reader=load(directory / "reader", ReaderConfig.from_dict, Reader, names.Names())
         if (directory / "reader").is_dir()
         else None,
     )
@@ -139,19 +140,20 @@ def pretrained_directory(config: RunConfig) -> Path:
 
 
 def _load(
-    directory: Path, read: Callable[[dict], Any], module: type, table: names.Names
+    directory: Path, read: Callable[[dict], Any], module: type, table: names.Names, *, mesh: Mesh
 ) -> Network:
     config = read(weights.read_config(directory))
     init, apply = functional(lambda rngs: module(config, rngs))
     like = jax.eval_shape(init, jax.random.key(0))
-    return Network(config, apply, weights.load(directory, like, table))
+    places = shardings(like, TABLE, RULES, mesh)
+    return Network(config, apply, weights.load(directory, like, table, shardings=places))
 
 
 def make_backbone(config: RunConfig, pretrained: Pretrained) -> Functional:
     """The network that is trained, in the precision of the run.
 
     Raises:
-      ValueError: it does not fit the text encoder or the autoencoder.
+      ValueError: it does not fit the text encoder, the autoencoder or the size of the images.
     """
     backbone = dataclasses.replace(config.backbone, dtype=config.train.precision)
     fits = {
@@ -164,6 +166,13 @@ def make_backbone(config: RunConfig, pretrained: Pretrained) -> Functional:
             raise ValueError(
                 f"the backbone's {field} is {getattr(backbone, field)}, and the pretrained models have {wanted}"
             )
+    side = config.data.size // pretrained.autoencoder.config.downsampling
+    parts = 2 ** (len(backbone.channels) - 1)
+    if side % parts:
+        raise ValueError(
+            f"data.size is {config.data.size}, which gives latents of {side} rows; a backbone of"
+            f" {len(backbone.channels)} levels takes a multiple of {parts}"
+        )
     return functional(lambda rngs: MODULES[type(backbone)](backbone, rngs))
 
 
@@ -282,7 +291,7 @@ def check_records(config: RunConfig, directory: Path, pretrained: Pretrained) ->
 
 
 def make_validation(
-    config: RunConfig, workdir: Path, network: Functional, pretrained: Pretrained
+    config: RunConfig, workdir: Path, network: Functional, pretrained: Pretrained, mesh: Mesh
 ) -> Callable[[Params, Params], dict[str, float]]:
     """`validate(params, frozen) -> {noise level: loss}` on fixed records and noise; {} where none is wanted."""
     if not config.eval.validation:
@@ -290,7 +299,11 @@ def make_validation(
     directory = validation_records(config, workdir)
     count = min(config.eval.validation, check_records(config, directory, pretrained).written)
     tokenizer = None if config.data.text_embeddings else pretrained.tokenizer
-    whole = fixed_batch(directory, range(count), tokenizer=tokenizer)
+    size = config.sampling.batch
+    parts = [
+        fixed_batch(directory, [min(n, count - 1) for n in range(i, i + size)], tokenizer=tokenizer)
+        for i in range(0, count, size)
+    ]
     loss = diffusion.make_validation_loss(
         network.apply,
         prepare(network),
@@ -301,27 +314,39 @@ def make_validation(
     )
 
     @jax.jit
-    def losses(params: Params, frozen: Params) -> jax.Array:
-        keys = jax.vmap(jax.random.fold_in, (None, 0))(key(config, "eval"), whole.index)
-        return loss(params, frozen, whole, keys).mean(0)
+    def losses(params: Params, frozen: Params, part: Batch) -> jax.Array:
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(key(config, "eval"), part.index)
+        return loss(params, frozen, part, keys)
 
     def validate(params: Params, frozen: Params) -> dict[str, float]:
-        values = np.asarray(losses(params, frozen)).tolist()
+        found = [jax.device_get(losses(params, frozen, put_batch(part, mesh))) for part in parts]
+        values = np.concatenate(found)[:count].mean(0, dtype=np.float64).tolist()
         return dict(zip(map(str, config.eval.levels), values, strict=True))
 
     return validate
 
 
 def make_sampling(config: RunConfig, network: Functional, pretrained: Pretrained) -> Generate:
-    """The program from prompts to images that `config.sampling` describes."""
+    """The program from prompts to images that `config.sampling` describes.
+
+    Raises:
+      ValueError: the prediction does not determine the image where the sampler starts.
+    """
+    prediction = diffusion.PREDICTIONS[config.prediction]
+    grid = diffusion.grid(config.schedule, config.sampling.spacing, config.sampling.steps)
+    if not np.all(diffusion.determinant(prediction, grid)[:-1]):
+        raise ValueError(
+            f"prediction {config.prediction!r} says nothing of the image at a signal of 0, where this schedule starts:"
+            " choose v, velocity or x_0, or another sampling.spacing"
+        )
     side = config.data.size // pretrained.autoencoder.config.downsampling
     return make_generate(
         network.apply,
         prepare(network),
         pretrained.encode,
         pretrained.decode,
-        prediction=diffusion.PREDICTIONS[config.prediction],
-        grid=diffusion.grid(config.schedule, config.sampling.spacing, config.sampling.steps),
+        prediction=prediction,
+        grid=grid,
         sampler=config.sampling.sampler,
         shape=(side, side, pretrained.autoencoder.config.latent_channels),
     )
@@ -360,5 +385,14 @@ def make_evaluator(
 
 
 def mesh_of(config: RunConfig) -> Mesh:
-    """The mesh over all devices."""
+    """The mesh over all devices.
+
+    Raises:
+      ValueError: the sizes do not fit the devices, or parameters are to be divided, which no backbone has rules for.
+    """
+    for axis in ("fsdp", "tensor"):
+        if getattr(config.mesh, axis) != 1:
+            raise ValueError(
+                f"mesh.{axis} is {getattr(config.mesh, axis)}; parameters are not divided yet, 1 is what it can be"
+            )
     return make_mesh(config.mesh)

@@ -7,8 +7,9 @@ between the two, and `ldm_jax.flags` is the command line over both.
 import dataclasses
 import fnmatch
 from pathlib import Path
+from typing import Any
 
-from ldm_jax.configuration import CONFIG_FILE, choice, config_difference, one_of, to_json
+from ldm_jax.configuration import CONFIG_FILE, choice, config_difference, from_json, one_of, to_json
 from ldm_jax.data.captions import CaptionPolicy
 from ldm_jax.data.durable import write_atomically
 from ldm_jax.diffusion import (
@@ -42,6 +43,12 @@ PRECISIONS = ("float32", "bfloat16")
 WEIGHTS = ("ema", "raw")
 
 
+def _at_least_one(config: Any, *names: str) -> None:
+    for name in names:
+        if getattr(config, name) < 1:
+            raise ValueError(f"{name} is {getattr(config, name)}; it is at least 1")
+
+
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
     """Images and captions, and the latents made of them."""
@@ -60,6 +67,9 @@ class DataConfig:
     max_skipped: float = 0.05  # share of skipped items above which encoding is an error
     workers: int = 2  # threads that read and decode images, or latents
 
+    def __post_init__(self) -> None:
+        _at_least_one(self, "size", "encode_batch", "items_per_shard", "workers")
+
 
 @dataclasses.dataclass(frozen=True)
 class SamplingConfig:
@@ -70,6 +80,9 @@ class SamplingConfig:
     steps: int = 50  # network evaluations an image (pairs of them with guidance)
     guidance: float = 7.5  # scale of classifier-free guidance
     batch: int = 32  # images drawn at a time
+
+    def __post_init__(self) -> None:
+        _at_least_one(self, "steps", "batch")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,13 +102,23 @@ class TrainConfig:
     keep: int = 3  # checkpoints that are kept
     profile: tuple[int, ...] = ()  # trace from the first to the second count of examples
 
+    def __post_init__(self) -> None:
+        names = ("examples", "batch", "accumulate", "log_every", "save_every", "keep")
+        _at_least_one(self, *names)
+        if self.profile and not (len(self.profile) == 2 and 0 <= self.profile[0] < self.profile[1]):
+            raise ValueError(
+                f"profile is {self.profile}; it is two counts of examples, 0 <= first < second"
+            )
+
 
 @dataclasses.dataclass(frozen=True)
 class EvalConfig:
     """Evaluation in the loop, and of `ldm_jax.evaluate`."""
 
     every: int = 100_000  # examples between evaluations
-    prompts: str = "scenes:simple"  # scenes:PRESET?count=64&seed=1, file:PATH (one a line) or captions:64 (of the data)
+    prompts: str = (
+        "scenes:simple?count=64"  # scenes:PRESET?count=64, file:PATH or captions:64 (of the data)
+    )
     weights: str = one_of(WEIGHTS, "ema")  # which parameters are evaluated
     shown: int = 16  # images in the grid
     validation: int = 256  # records of the validation loss; 0: none
@@ -103,6 +126,9 @@ class EvalConfig:
     clip: str | None = (
         None  # directory of the CLIP that scores; none: `clip` beside the pretrained models
     )
+
+    def __post_init__(self) -> None:
+        _at_least_one(self, "every", "shown")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,8 +161,9 @@ MAY_CHANGE = (
     "train.save_every",
     "train.keep",
     "train.profile",
-    "eval.*",
-    "sampling.*",
+    "eval.every",
+    "eval.shown",
+    "sampling.batch",
     "mesh.*",
     "data.workers",
     "data.encode_batch",
@@ -154,9 +181,12 @@ def claim(config: RunConfig, workdir: Path) -> None:
     """
     path, text = workdir / CONFIG_FILE, to_json(config)
     if path.exists() and (workdir / CHECKPOINTS).exists():
+        before = to_json(
+            from_json(path.read_text(), RunConfig)
+        )  # with settings newer than the file
         differences = [
             str(difference)
-            for difference in config_difference(path.read_text(), text)
+            for difference in config_difference(before, text)
             if not any(fnmatch.fnmatch(difference.path, pattern) for pattern in MAY_CHANGE)
         ]
         if differences:

@@ -20,6 +20,7 @@ from ldm_jax.data.encoding import Limits, TextEncoder, encode
 from ldm_jax.data.latents import Manifest
 from ldm_jax.flags import run_command
 from ldm_jax.models import weights
+from ldm_jax.parallel import put_batch
 from ldm_jax.types import Cond, Images, Latent
 
 
@@ -27,15 +28,15 @@ def main(flags: argparse.Namespace) -> None:
     """Encodes the training source, and that of the validation loss where it has its own."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
     config: RunConfig = flags.config
-    claim(config, flags.workdir)
     data = config.data
-    pretrained = build.load_pretrained(config)
+    mesh = build.mesh_of(config)
+    pretrained = build.load_pretrained(config, mesh)
     frozen = pretrained.params
     to_latents = jax.jit(pretrained.encode_images)
     to_cond = jax.jit(pretrained.encode)
 
     def encoder(images: Images) -> Latent:
-        return to_latents(frozen, images)
+        return to_latents(frozen, put_batch(images, mesh))
 
     def embed(captions: list[str]) -> Cond:
         return jax.device_get(to_cond(frozen, pretrained.tokenizer(captions)))
@@ -57,6 +58,7 @@ def main(flags: argparse.Namespace) -> None:
             directory = build.records(config, flags.workdir, part)
             manifest = run(open_source(source), directory=directory)
             print(f"{directory}: {_summary(manifest)}")
+    claim(config, flags.workdir)  # now that the latents have accepted what they are made with
 
 
 def _summary(manifest: Manifest) -> str:

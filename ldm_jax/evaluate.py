@@ -15,6 +15,7 @@ from ldm_jax.config import RunConfig
 from ldm_jax.configuration import to_json
 from ldm_jax.evals.image_grids import save_grid
 from ldm_jax.flags import run_command
+from ldm_jax.scaling.records import append_line
 from ldm_jax.types import Estimate
 
 
@@ -22,12 +23,13 @@ def main(flags: argparse.Namespace) -> None:
     """Evaluates the newest checkpoint."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
     config: RunConfig = flags.config
-    pretrained, mesh = build.load_pretrained(config), build.mesh_of(config)
+    mesh = build.mesh_of(config)
+    pretrained = build.load_pretrained(config, mesh)
     network = build.make_backbone(config, pretrained)
     examples, params = build.load_weights(config, flags.workdir, network, pretrained, mesh)
     prompts = build.make_prompts(config, flags.workdir)
     evaluator = build.make_evaluator(config, prompts, network, pretrained, mesh)
-    validate = build.make_validation(config, flags.workdir, network, pretrained)
+    validate = build.make_validation(config, flags.workdir, network, pretrained, mesh)
     evaluation = evaluator(params, pretrained.params, config.sampling.guidance)
     losses = validate(params, pretrained.params)
     picture = flags.workdir / "samples" / "evaluated.png"
@@ -38,8 +40,7 @@ def main(flags: argparse.Namespace) -> None:
         "validation": losses,
         "config": json.loads(to_json(config)),
     }
-    with (flags.workdir / "scores.jsonl").open("a") as file:
-        file.write(json.dumps(line) + "\n")
+    append_line(flags.workdir / "scores.jsonl", line)
     print(table(evaluation.scores, losses))
     print(f"{len(prompts.texts)} prompts, {examples} examples of training; samples in {picture}")
 

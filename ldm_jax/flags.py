@@ -61,6 +61,8 @@ def run_command(
     except BrokenPipeError:  # the reader of --help has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
+    except OSError as error:
+        _fail(_sentence(error), 1)
     try:
         main(flags)
     except KeyboardInterrupt:
@@ -170,7 +172,7 @@ def _parser(description: str, cls: type | None, add_flags: AddFlags | None) -> _
 
 def _config(flags: argparse.Namespace, overrides: list[tuple[str, str]], cls: type) -> Any:
     if flags.config is not None:
-        config = load_config(flags.config)
+        config = _complete(load_config(flags.config), configuration.to_config_dict(cls()))
     elif (stored := flags.workdir / CONFIG_FILE).is_file():
         config = configuration.to_config_dict(_stored(stored, cls))
     else:
@@ -182,6 +184,21 @@ def _config(flags: argparse.Namespace, overrides: list[tuple[str, str]], cls: ty
         return configuration.from_config_dict(config, cls)
     except ValueError as error:
         raise UsageError(error) from error
+
+
+def _complete(
+    config: config_dict.ConfigDict, defaults: config_dict.ConfigDict
+) -> config_dict.ConfigDict:
+    """The config with defaults for the settings that its file leaves out, so that they can be overridden."""
+    with config.unlocked():
+        for key, default in defaults.items():
+            if key not in config:
+                config[key] = defaults.get_ref(key)  # which knows its type even where it is None
+            elif isinstance(default, config_dict.ConfigDict) and isinstance(
+                config[key], config_dict.ConfigDict
+            ):
+                _complete(config[key], default)
+    return config
 
 
 def _stored(path: Path, cls: type) -> Any:
@@ -284,9 +301,10 @@ def _help(parser: argparse.ArgumentParser, rest: list[str], cls: type | None) ->
     text = parser.format_help()
     if cls is None:
         return text.rstrip()
-    files = [word.removeprefix("--config=") for word in rest if word.startswith("--config=")]
-    config = load_config(files[-1]) if files else configuration.to_config_dict(cls())
-    values = f"as {files[-1]} has them" if files else "with the defaults"
+    file = parser.parse_known_args([*rest, "--workdir=."])[0].config
+    defaults = configuration.to_config_dict(cls())
+    config = _complete(load_config(file), defaults) if file else defaults
+    values = f"as {file} has them" if file else "with the defaults"
     return f"{text}\nsettings, {values}:{''.join(_setting_lines(config, cls))}"
 
 

@@ -321,7 +321,11 @@ def _costs(run: Run) -> str:
         ["GFLOPs per example", f"{record.flops / record.examples / 1e9:,.4g}"],
         ["FLOPs in all", f"{record.flops:.3g}"],
         ["time", _duration(record.seconds)],
-        ["examples per second", f"{record.examples / record.seconds:,.4g}"],
+        *(
+            [["examples per second", f"{record.examples / record.seconds:,.4g}"]]
+            if record.seconds
+            else []
+        ),
         ["chips", html.escape(record.chips)],
         ["commit", html.escape(record.commit or "unknown")],
         ["seed", str(record.seed)],

@@ -21,6 +21,7 @@ from ldm_jax import build
 from ldm_jax.config import RunConfig
 from ldm_jax.evals.generation import Generate
 from ldm_jax.evals.image_grids import save_grid, to_uint8
+from ldm_jax.evals.prompts import read_lines
 from ldm_jax.flags import run_command
 from ldm_jax.models.tokenizer import Tokenizer
 from ldm_jax.parallel import put_batch
@@ -44,7 +45,8 @@ def main(flags: argparse.Namespace) -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s", force=True)
     config: RunConfig = flags.config
     prompts = read(flags)
-    pretrained, mesh = build.load_pretrained(config), build.mesh_of(config)
+    mesh = build.mesh_of(config)
+    pretrained = build.load_pretrained(config, mesh)
     network = build.make_backbone(config, pretrained)
     _, params = build.load_weights(config, flags.workdir, network, pretrained, mesh)
     warn_of_truncation(prompts, pretrained.tokenizer)
@@ -59,8 +61,7 @@ def read(flags: argparse.Namespace) -> list[str]:
     """The prompts of the command line and of the file; a ValueError where there is none."""
     prompts = list(flags.prompt)
     if flags.prompts:
-        lines = flags.prompts.read_text(encoding="utf-8").splitlines()
-        prompts += [line.strip() for line in lines if line.strip()]
+        prompts += read_lines(flags.prompts)
     if not prompts:
         raise ValueError("there is no prompt: give --prompt=TEXT or --prompts=FILE, one a line")
     if flags.seeds < 1:
@@ -114,14 +115,19 @@ def draw(
 
 
 def write(directory: Path, images: Images, prompts: list[str], seeds: int) -> None:
-    """PNGs `PROMPT-SEED.png`, a grid with a row a prompt (or a square one), and which prompt is which."""
+    """PNGs `PROMPT-SEED.png`, a grid with a row a prompt (or a square one), and which prompt is which.
+
+    Those of an earlier call into the same directory go.
+    """
     directory.mkdir(parents=True, exist_ok=True)
+    for old in directory.glob("[0-9]*-[0-9]*.png"):
+        old.unlink()
     for number, pixels in enumerate(to_uint8(images)):
         prompt, seed = divmod(number, seeds)
         Image.fromarray(pixels).save(directory / f"{prompt:05d}-{seed:02d}.png")
     columns = seeds if seeds > 1 else int(np.ceil(np.sqrt(len(images))))
     save_grid(directory / "grid.png", images, columns)
-    (directory / "prompts.json").write_text(json.dumps(prompts, indent=1))
+    (directory / "images.json").write_text(json.dumps(prompts, indent=1))
 
 
 if __name__ == "__main__":

@@ -8,9 +8,12 @@ last checkpoint and ends as if nothing had happened.
 """
 
 import argparse
+import contextlib
+import dataclasses
 import json
 import logging
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -19,6 +22,7 @@ import numpy as np
 from ldm_jax import build
 from ldm_jax.config import CHECKPOINTS, RunConfig, claim
 from ldm_jax.configuration import to_json
+from ldm_jax.data.durable import alone_in
 from ldm_jax.data.scenes import render
 from ldm_jax.evals.journal import Journal
 from ldm_jax.flags import run_command
@@ -34,23 +38,31 @@ from ldm_jax.types import Batch, Estimate, Params
 def main(flags: argparse.Namespace) -> None:
     """Trains, from scratch or from the last checkpoint in the working directory."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
-    config, workdir = flags.config, flags.workdir
+    flags.workdir.mkdir(parents=True, exist_ok=True)
+    writes = jax.process_index() == 0
+    with alone_in(flags.workdir) if writes else contextlib.nullcontext():
+        run(flags.config, flags.workdir)
+
+
+def run(config: RunConfig, workdir: Path) -> None:
+    """Builds what the config describes and trains it."""
     if jax.config.jax_compilation_cache_dir is None:  # else it is the user's
         jax.config.update("jax_compilation_cache_dir", str(workdir / "compiled"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-    claim(config, workdir)
-    pretrained, mesh = build.load_pretrained(config), build.mesh_of(config)
+    mesh = build.mesh_of(config)
+    pretrained = build.load_pretrained(config, mesh)
     loader = build.make_loader(config, workdir, pretrained)
     network = build.make_backbone(config, pretrained)
+    claim(config, workdir)
     training = build.make_training(config, network, pretrained, mesh)
     checkpoints = Checkpoints(workdir / CHECKPOINTS, keep=config.train.keep)
     state = begin(training, checkpoints)
     metrics = Metrics(workdir, config.train.log_every, tensorboard(workdir), int(state.examples))
-    evaluate = Evaluate(config, workdir, network, pretrained, mesh, metrics)
+    guard = Guard(workdir, checkpoints.latest, factor=config.train.explosion)
+    evaluate = Evaluate(config, workdir, network, pretrained, mesh, metrics, guard.settle)
     if not int(state.examples):
         evaluate.untrained(state)
-    guard = Guard(workdir, checkpoints.latest, factor=config.train.explosion)
-    flops = flops_per_example(training, pretrained.params, next(loader))
+    flops = flops_per_example(config, pretrained, mesh, next(loader))
     hooks = [
         guard,
         metrics,
@@ -97,15 +109,18 @@ class Evaluate(Hook):
         pretrained: build.Pretrained,
         mesh: jax.sharding.Mesh,
         metrics: Metrics,
+        settle: Callable[[], None],
     ) -> None:
         self._prompts = build.make_prompts(config, workdir)
         self._evaluator = build.make_evaluator(config, self._prompts, network, pretrained, mesh)
-        self._validate = build.make_validation(config, workdir, network, pretrained)
+        self._validate = build.make_validation(config, workdir, network, pretrained, mesh)
         self._journal = Journal(workdir, config.eval.shown)
         self._journal.prompts(self._prompts)
         self._config, self._frozen, self._metrics = config, pretrained.params, metrics
+        self._settle = settle
 
     def __call__(self, tick: Tick) -> None:
+        self._settle()  # no state is scored that the guard would refuse
         weights = self._config.eval.weights
         self._write(
             tick.examples, weights, tick.state.ema if weights == "ema" else tick.state.params
@@ -138,9 +153,14 @@ class Evaluate(Hook):
         return evaluation.scores
 
 
-def flops_per_example(training: build.Training, frozen: Params, batch: Batch) -> float:
-    """Floating-point operations of the products in one training step, by example."""
-    return traced_flops(training.step, training.abstract, frozen, batch) / len(batch.weight)
+def flops_per_example(
+    config: RunConfig, pretrained: build.Pretrained, mesh: jax.sharding.Mesh, batch: Batch
+) -> float:
+    """Floating-point operations of the products in one training step, by example; none is counted twice for remat."""
+    plain = dataclasses.replace(config, backbone=dataclasses.replace(config.backbone, remat="none"))
+    network = build.make_backbone(plain, pretrained)
+    step, _, abstract = build.make_training(plain, network, pretrained, mesh)
+    return traced_flops(step, abstract, pretrained.params, batch) / len(batch.weight)
 
 
 def record(config: RunConfig, workdir: Path, state: State, flops: float) -> RunRecord:

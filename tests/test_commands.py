@@ -4,13 +4,16 @@ import dataclasses
 import json
 import shutil
 
+import jax
 import numpy as np
 import pytest
 import runs
 from PIL import Image
 
 from ldm_jax import build, encode, evaluate, report, sample, train
+from ldm_jax.data.durable import alone_in
 from ldm_jax.flags import UsageError, parse
+from ldm_jax.parallel.mesh import MeshConfig
 
 LARGE_RED = "a large plain red circle at the center on a gray background"
 
@@ -73,7 +76,7 @@ def test_samples_are_a_function_of_prompt_number_and_seed(run, tmp_path):
     }
     assert all(np.abs(one - other).max() <= 1 for one, other in pixels.values())
     assert np.abs(pixels[names[0]][0] - pixels[names[1]][0]).max() > 5
-    assert json.loads((tmp_path / "one" / "prompts.json").read_text()) == [
+    assert json.loads((tmp_path / "one" / "images.json").read_text()) == [
         LARGE_RED,
         "a small blue ring",
     ]
@@ -198,3 +201,45 @@ def test_a_folder_of_photographs_goes_through_without_a_line_of_code(tmp_path):
     runs.run(sample, workdir, "--prompt=picture number 3", add_flags=sample.add_flags)
     with Image.open(workdir / "images" / "00000-00.png") as image:
         assert image.size == (64, 64)
+
+
+def test_a_second_process_is_kept_out_of_a_run(run):
+    with alone_in(run), pytest.raises(ValueError, match="another process is writing to"):
+        runs.run(train, run)
+
+
+def test_a_prediction_that_says_nothing_at_the_start_is_refused(run, tmp_path):
+    (tmp_path / "latents").symlink_to(run / "latents")
+    words = ("--config.schedule.name=rectified_flow", "--config.prediction=eps")
+    with pytest.raises(ValueError, match="'eps' says nothing of the image at a signal of 0"):
+        runs.run(
+            train, tmp_path, runs.given(tmp_path), *words, "--config.sampling.spacing.name=uniform"
+        )
+
+
+def test_images_that_do_not_divide_over_the_levels_are_refused():
+    data = dataclasses.replace(runs.TINY.data, size=72)
+    backbone = dataclasses.replace(runs.TINY.backbone, channels=(16, 16), transformer_depth=(1, 1))
+    config = dataclasses.replace(runs.TINY, data=data, backbone=backbone)
+    pretrained = build.load_pretrained(config, build.mesh_of(config))
+    with pytest.raises(
+        ValueError, match="latents of 9 rows; a backbone of 2 levels takes a multiple of 2"
+    ):
+        build.make_backbone(config, pretrained)
+
+
+def test_frozen_networks_lie_on_the_whole_mesh():
+    mesh = build.mesh_of(runs.TINY)
+    pretrained = build.load_pretrained(runs.TINY, mesh)
+    assert {leaf.sharding.mesh for leaf in jax.tree.leaves(pretrained.params)} == {mesh}
+
+
+def test_parameters_that_cannot_be_divided_yet_are_said():
+    with pytest.raises(ValueError, match=r"mesh.fsdp is 8; parameters are not divided yet"):
+        build.mesh_of(dataclasses.replace(runs.TINY, mesh=MeshConfig(fsdp=8)))
+
+
+def test_images_of_an_earlier_call_go(tmp_path):
+    for prompts in (["a", "b"], ["c"]):
+        sample.write(tmp_path, np.zeros((len(prompts), 8, 8, 3), np.float32), prompts, seeds=1)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["00000-00.png", "grid.png", "images.json"]

@@ -1,11 +1,21 @@
 """The real config of a run, whatever its fields are."""
 
+import dataclasses
 import importlib.util
+import json
 from pathlib import Path
 
 import pytest
 
-from ldm_jax.config import RunConfig
+from ldm_jax.config import (
+    CHECKPOINTS,
+    DataConfig,
+    EvalConfig,
+    RunConfig,
+    SamplingConfig,
+    TrainConfig,
+    claim,
+)
 from ldm_jax.configuration import from_config_dict, from_json, settings, to_config_dict, to_json
 from ldm_jax.flags import load_config
 
@@ -28,3 +38,31 @@ def test_config_file_makes_a_run_config_and_says_what_to_expect(path):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     assert module.__doc__
+
+
+@pytest.mark.parametrize(
+    ("section", "name", "value", "allowed"),
+    [
+        (TrainConfig, "log_every", 0, "at least 1"),
+        (TrainConfig, "accumulate", 0, "at least 1"),
+        (TrainConfig, "profile", (100,), "two counts of examples"),
+        (EvalConfig, "every", 0, "at least 1"),
+        (SamplingConfig, "batch", 0, "at least 1"),
+        (DataConfig, "items_per_shard", -1, "at least 1"),
+    ],
+)
+def test_a_number_that_cannot_be_is_refused_by_name(section, name, value, allowed):
+    with pytest.raises(ValueError, match=f"{name} is .*{allowed}"):
+        section(**{name: value})
+
+
+def test_a_run_may_continue_with_a_library_that_has_more_settings(tmp_path):
+    config = RunConfig()
+    claim(config, tmp_path)
+    (tmp_path / CHECKPOINTS).mkdir()
+    stored = json.loads((tmp_path / "config.json").read_text())
+    del stored["data"]["max_caption"]
+    (tmp_path / "config.json").write_text(json.dumps(stored))
+    claim(config, tmp_path)
+    with pytest.raises(ValueError, match=r"holds another run: data.max_caption: 4000 -> 5"):
+        claim(dataclasses.replace(config, data=DataConfig(max_caption=5)), tmp_path)

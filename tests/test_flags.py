@@ -193,6 +193,25 @@ def test_config_files_that_cannot_be_used(program):
     }
 
 
+def test_a_file_may_leave_settings_to_their_defaults(program, tmp_path, capsys):
+    path = tmp_path / "partial.py"
+    path.write_text(
+        "from ml_collections import ConfigDict\n\n\n"
+        "def get_config():\n    return ConfigDict({'train': {'rate': 0.5}})\n"
+    )
+    words = [
+        f"--config={path}",
+        f"--workdir={tmp_path}",
+        "--config.train.batch=8",
+        "--config.train.clip=2.0",
+    ]
+    config = flags.parse(words, program.Run).config
+    assert config == program.Run(train=program.Train(rate=0.5, batch=8, clip=2.0))
+    with pytest.raises(SystemExit):
+        flags.parse(["--config", str(path), "--help"], program.Run)
+    assert "--config.train.rate=0.5" in capsys.readouterr().out
+
+
 def test_missing_flags_are_named(program):
     assert "--workdir" in refusal(program, "--config=config.py")
     expected = "--config is missing, and run has no config.json to go by"

@@ -85,11 +85,6 @@ def test_library_knows_no_config_file_experiment_or_test():
     assert found == []
 
 
-def test_tpu_scripts_do_not_import_the_library():
-    paths = (ROOT / "tpu").rglob("*.py")
-    assert [p.name for p in paths if any("ldm_jax" in name for _, name in imports(p, ""))] == []
-
-
 @pytest.mark.parametrize(
     ("importer", "source", "offender"),
     [

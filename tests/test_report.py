@@ -177,6 +177,14 @@ def test_page_shows_costs_and_settings(shown):
     assert "sampler.ddim.eta = 0.0" in shown
 
 
+def test_a_run_of_one_step_has_no_speed(workdir):
+    append_record(
+        workdir / "record.jsonl", dataclasses.replace(RECORD, examples=24_000, seconds=0.0)
+    )
+    shown = outline(workdir).text
+    assert "GFLOPs per example" in shown and "examples per second" not in shown
+
+
 def test_last_line_of_a_count_counts_and_an_unfinished_one_does_not(workdir):
     path = workdir / "evaluations.jsonl"
     again = evaluation(COUNTS[-1]) | {"scores": {"faithfulness": [0.99, 0.98, 1.0, 64]}}

@@ -2,12 +2,26 @@
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
 from ldm_jax.data.sources import Skip
 
 _STREAM = 0x63617074  # keeps these draws apart from others made from the same two numbers
+
+
+def as_captions(value: Any, key: str) -> tuple[str, ...]:
+    """The captions that a field of an item's metadata holds: one, a list, or nothing.
+
+    Raises:
+      Skip: if it holds anything else.
+    """
+    if value is None or isinstance(value, str):
+        return (value,) if value else ()
+    if isinstance(value, list) and all(isinstance(caption, str) for caption in value):
+        return tuple(value)
+    raise Skip("caption is no text", key)
 
 
 def check_captions(captions: Sequence[str], limit: int = 4000) -> tuple[str, ...]:

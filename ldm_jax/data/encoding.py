@@ -270,15 +270,18 @@ class _Job:
 
     def _check_skipped(self, *parts: _Statistics) -> None:
         """Raises once it is certain that too many items cannot be used."""
-        counts = collections.Counter()
-        for part in parts:
-            counts.update({reason: len(keys) for reason, keys in part.skipped.items()})
         total, share = len(self.source), self.limits.max_skipped
-        if counts.total() > share * total or counts.total() == total:
-            reasons = ", ".join(f"{reason} ({n})" for reason, n in counts.most_common(3))
+        count = sum(part.num_skipped for part in parts)
+        if count > share * total or count == total:
+            skipped = collections.defaultdict(list)
+            for part in parts:
+                for reason, keys in part.skipped.items():
+                    skipped[reason] += keys
+            commonest = sorted(skipped.items(), key=lambda item: -len(item[1]))[:3]
+            reasons = ", ".join(f"{reason} ({len(k)}, such as {k[0]})" for reason, k in commonest)
             raise ValueError(
-                f"{counts.total()} of {total} items cannot be used, where limits.max_skipped allows a share of"
-                f" {share}; the commonest reasons: {reasons}; finished shards stay in {self.directory}"
+                f"{count} of {total} items cannot be used, where max_skipped allows a share of {share}; the commonest"
+                f" reasons: {reasons}; finished shards stay in {self.directory}"
             )
 
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ldm_jax.data.captions import as_captions
 from ldm_jax.data.sources import Item, Skip, digest
 
 IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
@@ -17,7 +18,7 @@ METADATA = ("metadata.jsonl", "metadata.csv")
 
 class _Listing(NamedTuple):
     keys: list[str]
-    captions: dict[str, tuple[str, ...]]  # from metadata files, by key
+    captions: dict[str, Any]  # from metadata files, by key
     identity: str
 
 
@@ -61,7 +62,7 @@ class Folder:
 
     def _captions(self, key: str, path: Path) -> tuple[str, ...]:
         if key in self._listing.captions:
-            return self._listing.captions[key]
+            return as_captions(self._listing.captions[key], key)
         try:
             return (path.with_suffix(".txt").read_bytes().decode("utf-8", "surrogateescape"),)
         except FileNotFoundError:
@@ -80,7 +81,7 @@ class Folder:
         images = {key for key in sizes if key.lower().endswith(IMAGES)}
         return _Listing(sorted(images | captions.keys()), captions, digest(lines))
 
-    def _read_metadata(self, key: str) -> Iterator[tuple[str, tuple[str, ...]]]:
+    def _read_metadata(self, key: str) -> Iterator[tuple[str, Any]]:
         path = Path(self.path, key)
         read = _read_csv if path.suffix == ".csv" else _read_jsonl
         for number, row in read(path):
@@ -88,27 +89,32 @@ class Folder:
                 if column not in row:
                     columns = ", ".join(map(repr, row))
                     raise ValueError(f"{path}:{number} has no {column!r}; it has {columns}")
-            texts = row[self.caption] or ()
-            texts = (texts,) if isinstance(texts, str) else tuple(texts)
-            yield os.path.normpath(os.path.join(os.path.dirname(key), row["file_name"])), texts
+            if not isinstance(name := row["file_name"], str):
+                raise ValueError(f"{path}:{number}: file_name is {name!r}, not the name of a file")
+            yield os.path.normpath(os.path.join(os.path.dirname(key), name)), row[self.caption]
 
 
 def _files(root: Path) -> Iterator[tuple[str, int]]:
-    """Path below `root` and size of every file that matters, but for hidden ones."""
-    for folder, _, names in os.walk(root):
+    """Path below `root` and size of every file that matters, but for hidden ones; -1 for a link to nowhere."""
+    for folder, folders, names in os.walk(root):
+        folders[:] = [name for name in folders if not name.startswith(".")]
         for name in names:
             if name.startswith("."):
                 continue
             if name in METADATA or name.lower().endswith((*IMAGES, ".txt")):
                 path = Path(folder, name)
-                yield path.relative_to(root).as_posix(), path.stat().st_size
+                size = path.stat().st_size if path.exists() else -1
+                yield path.relative_to(root).as_posix(), size
 
 
 def _read_csv(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         reader = csv.DictReader(file)
-        for row in reader:
-            yield reader.line_num, row
+        try:
+            for row in reader:
+                yield reader.line_num, row
+        except csv.Error as error:
+            raise ValueError(f"{path}:{reader.line_num} is no CSV: {error}") from error
 
 
 def _read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:

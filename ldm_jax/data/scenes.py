@@ -293,6 +293,8 @@ class Scenes:
                 raise ValueError(
                     f"scenes: {name} {getattr(self, name)!r} is not one of {', '.join(allowed)}"
                 )
+        if self.count < 1:
+            raise ValueError(f"scenes: count is {self.count}; it is at least 1")
 
     @property
     def identity(self) -> str:

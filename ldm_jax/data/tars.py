@@ -10,6 +10,7 @@ import tarfile
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from ldm_jax.data.captions import as_captions
 from ldm_jax.data.sources import Item, Skip, digest
 
 IMAGES = ("jpg", "jpeg", "png", "webp")
@@ -71,10 +72,10 @@ class Tars:
             return ()
         text = _read(sample.path, sample.members["json"]).decode("utf-8", "surrogateescape")
         try:
-            captions = json.loads(text).get(self.caption) or ()
+            captions = json.loads(text).get(self.caption)
         except (ValueError, AttributeError):
             raise Skip("JSON cannot be read", sample.key) from None
-        return (captions,) if isinstance(captions, str) else tuple(captions)
+        return as_captions(captions, sample.key)
 
     @functools.cached_property
     def _samples(self) -> list[_Sample]:

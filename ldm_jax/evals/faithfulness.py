@@ -90,6 +90,8 @@ def questions(scene: Scene, seed: int = 0) -> list[Question]:
                 asked.append(_question(text, thing.kind, name, getattr(thing, name), values, rng))
     for a, word, b in relations(scene)[:1]:
         choices = ("left of", "right of") if word == "left of" else ("above", "below")
+        if rng.random() < 0.5:  # else the first choice would always be right
+            a, b, word = b, a, choices[1]
         text = f"Is the {a.kind} {choices[0]} or {choices[1]} the {b.kind}?"
         asked.append(Question(text, a.kind, "relation", choices, word, b.kind))
     return asked
@@ -157,7 +159,7 @@ def faithfulness(
             [mark for mark, question in zip(row, of_one, strict=True) if question.attribute == name]
             for row, of_one in zip(marked, asked, strict=True)
         ]
-        share = np.array([np.mean(row) if row else np.nan for row in by_image])
+        share = np.array([np.mean(row) for row in by_image if row])
         scores[f"faithfulness/{name}"] = mean_estimate(share)
     return scores
 

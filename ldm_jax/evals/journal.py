@@ -13,6 +13,7 @@ from pathlib import Path
 from ldm_jax.evals.evaluator import Evaluation
 from ldm_jax.evals.image_grids import save_grid
 from ldm_jax.evals.prompts import Prompts
+from ldm_jax.scaling.records import append_line
 from ldm_jax.types import Estimate, Images
 
 COLUMNS = 8  # of a picture of samples
@@ -50,8 +51,7 @@ class Journal:
             "validation": validation,
             "samples": picture,
         }
-        with (self._directory / "evaluations.jsonl").open("a") as file:
-            file.write(json.dumps(line) + "\n")
+        append_line(self._directory / "evaluations.jsonl", line)
 
     def picture(self, name: str, images: Images) -> None:
         """Writes the first images side by side."""

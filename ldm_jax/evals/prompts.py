@@ -35,12 +35,15 @@ def read_prompts(spec: str, captions_of_data: Callable[[int], Sequence[str]]) ->
     """
     name, _, argument = spec.partition(":")
     if name == "scenes":
-        return _of_scenes(open_source(spec))
+        if "split=" in spec:
+            raise ValueError(
+                f"eval.prompts is {spec!r}; it takes no split: half of the prompts are held out, half are not"
+            )
+        return _of_scenes(
+            open_source(spec if "seed=" in spec else _with_option(spec, f"seed={SEED}"))
+        )
     if name == "file":
-        lines = Path(argument).read_text(encoding="utf-8").splitlines()
-        texts = tuple(line.strip() for line in lines if line.strip())
-        if not texts:
-            raise ValueError(f"{argument} holds no prompt: one a line is read")
+        texts = read_lines(Path(argument))
     elif name == "captions" and argument.isdecimal() and int(argument):
         texts = tuple(captions_of_data(int(argument)))
     else:
@@ -50,11 +53,29 @@ def read_prompts(spec: str, captions_of_data: Callable[[int], Sequence[str]]) ->
     return Prompts(texts, ("",) * len(texts))
 
 
+def read_lines(path: Path) -> tuple[str, ...]:
+    """The prompts of a text file in UTF-8, one a line; blank lines are left out.
+
+    Raises:
+      ValueError: there is none, or the file is not UTF-8.
+      FileNotFoundError: no such file.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8: {error}") from error
+    texts = tuple(line.strip() for line in lines if line.strip())
+    if not texts:
+        raise ValueError(f"{path} holds no prompt: one a line is read")
+    return texts
+
+
+def _with_option(spec: str, option: str) -> str:
+    return f"{spec}{'&' if '?' in spec else '?'}{option}"
+
+
 def _of_scenes(source: Scenes) -> Prompts:
-    seed = source.seed or SEED
-    halves = [
-        dataclasses.replace(source, split=split, seed=seed) for split in ("train", "held_out")
-    ]
+    halves = [dataclasses.replace(source, split=split) for split in ("train", "held_out")]
     scenes = tuple(halves[number % 2].scene(number // 2) for number in range(source.count))
     groups = tuple((SEEN, HELD_OUT)[number % 2] for number in range(source.count))
     return Prompts(tuple(captions(scene)[0] for scene in scenes), groups, scenes)

@@ -14,11 +14,9 @@ RESAMPLES = 2000
 def mean_estimate(values: Float[np.ndarray, " n"]) -> Estimate:
     """The mean of independent per-prompt scores with its interval.
 
-    NaN, which marks a prompt without a score, does not count. A single value has no interval: it is NaN.
-    Raises ValueError where nothing counts.
+    A single value has no interval: it is NaN. Where a value is NaN, the mean is. Raises ValueError without values.
     """
     values = np.asarray(values, np.float64)
-    values = values[~np.isnan(values)]
     if not len(values):
         raise ValueError("a score needs at least one prompt that can be scored, and there is none")
     return _bootstrap((values,), np.mean)
@@ -46,7 +44,7 @@ def _bootstrap(
     samples: Sequence[Float[np.ndarray, " n"]], statistic: Callable[..., np.ndarray]
 ) -> Estimate:
     value, count = float(statistic(*samples, axis=0)), sum(map(len, samples))
-    if min(map(len, samples)) == 1:
+    if min(map(len, samples)) == 1 or np.isnan(value):
         return Estimate(value, float("nan"), float("nan"), count)
     if all(np.ptp(sample) == 0 for sample in samples):  # scipy warns of what is certain
         return Estimate(value, value, value, count)

@@ -11,7 +11,8 @@ from jax.extend import core
 def traced_flops(function: Callable[..., Any], *args: Any, **kwargs: Any) -> int:
     """Floating-point operations of the products in `function(*args)`: two for each multiply-add.
 
-    Dots and convolutions count, with all taps of a kernel even where they meet padding, and the body of a scan as
+    Dots and convolutions count, with all taps of a kernel even where they meet padding (but not
+    the zeros between the rows of a strided convolution's gradient), and the body of a scan as
     often as it runs; element-wise work does not. Arguments may be ShapeDtypeStructs: nothing is computed.
     The whole of a `while` is counted once, of a `cond` its most expensive branch.
     """
@@ -32,7 +33,8 @@ def _equation(equation: core.JaxprEqn) -> int:
     if name == "conv_general_dilated":
         kernel = equation.invars[1].aval.shape
         outputs = kernel[params["dimension_numbers"].rhs_spec[0]]
-        return 2 * math.prod(kernel) // outputs * math.prod(equation.outvars[0].aval.shape)
+        taps = 2 * math.prod(kernel) // outputs * math.prod(equation.outvars[0].aval.shape)
+        return taps // math.prod(params["lhs_dilation"])  # the rows between are zeros, not data
     inner = [_walk(jaxpr) for jaxpr in core.jaxprs_in_params(params)]
     if name == "cond":
         return max(inner)

@@ -39,12 +39,17 @@ class RunRecord:
 
 
 def append_record(path: str | Path, record: RunRecord) -> None:
-    """Adds a record to a ledger as one line, which is on disk when this returns.
+    """Adds a record to a ledger as one line, as `append_line` does."""
+    append_line(path, dataclasses.asdict(record))
+
+
+def append_line(path: str | Path, entry: Any) -> None:
+    """Adds an object to a file as one line of JSON, which is on disk when this returns.
 
     Lines of several processes do not mix: the file is locked for the write. What a killed writer
     left unfinished at the end is closed by a line break, so that it spoils no other line.
     """
-    line = json.dumps(dataclasses.asdict(record)).encode() + b"\n"
+    line = json.dumps(entry).encode() + b"\n"
     file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
     try:
         fcntl.flock(file, fcntl.LOCK_EX)

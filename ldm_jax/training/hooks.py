@@ -105,16 +105,23 @@ class Guard(Hook):
     def _stop(self, tick: Tick, fault: str) -> None:
         path = self._directory / f"bad_batch_{tick.examples}.npz"
         _save_batch(path, tick.batch)
-        good = self._last_good()
-        last = "there is no checkpoint yet" if good is None else f"of {good} examples"
         raise TrainingError(
             f"Training stopped because {fault} at step {tick.step}, after {tick.examples} "
-            f"examples; last good checkpoint: {last}; the batch is saved as {path}."
+            f"examples; last good checkpoint: {self._good()}; the batch is saved as {path}."
         )
+
+    def _good(self) -> str:
+        try:
+            good = self._last_good()
+        except OSError as error:  # of a save under way, which must not hide why the run stops
+            return f"unknown ({error})"
+        return "there is no checkpoint yet" if good is None else f"of {good} examples"
 
 
 class Metrics(Hook):
-    """Writes the mean of every scalar over each period, as a line of JSON and to TensorBoard.
+    """Writes the mean of every scalar since the last line, as a line of JSON and to TensorBoard.
+
+    A line ends with every period, and with every save, so that a run which continues from there writes the same lines.
 
     `directory/metrics.jsonl` has one object a line, with the examples seen. Lines beyond `since`,
     the examples seen when this run starts, are left from a run that got further than its last
@@ -126,7 +133,9 @@ class Metrics(Hook):
         self._path, self._period, self._board = epath.Path(directory), period, board
         self._path.mkdir(parents=True, exist_ok=True)
         self._path /= "metrics.jsonl"
-        self._path.write_text("".join(_lines_until(self._path, since)) if since else "")
+        kept = self._path.with_name(self._path.name + ".partial")  # a kill here loses no line
+        kept.write_text("".join(_lines_until(self._path, since)) if since else "")
+        kept.replace(self._path)
         self._late = Late()
         self._sums: collections.Counter[str] = collections.Counter()
         self._steps = 0
@@ -142,8 +151,12 @@ class Metrics(Hook):
         self._add(self._late.push(tick))
 
     def settle(self) -> None:
-        """Writes what is due of the steps that still run: to be asked before a save."""
+        """Ends a line with the newest step, which it waits for: to be asked before a save."""
         self._add(self._late.flush())
+        if self._steps:
+            if self._newest.examples > self._mark[1]:
+                self._ends.append(time.monotonic())
+            self._end(self._newest)
 
     def write(self, examples: int, scalars: dict[str, float | int]) -> None:
         """Writes scalars of any other origin, such as scores."""
@@ -163,12 +176,16 @@ class Metrics(Hook):
         for tick in ticks:
             self._sums.update(tick.scalars)
             self._steps += 1
+            self._newest = tick
             if tick.ends(self._period):
-                means = {name: total / self._steps for name, total in self._sums.items()}
-                self.write(tick.examples, {"step": tick.step, **means, **self._speed(tick)})
-                self._board.flush()
-                self._sums.clear()
-                self._steps = 0
+                self._end(tick)
+
+    def _end(self, tick: Tick) -> None:
+        means = {name: total / self._steps for name, total in self._sums.items()}
+        self.write(tick.examples, {"step": tick.step, **means, **self._speed(tick)})
+        self._board.flush()
+        self._sums.clear()
+        self._steps = 0
 
     def _speed(self, tick: Tick) -> dict[str, float]:
         """Counts from the end of the first step, and so leaves its compilation out."""

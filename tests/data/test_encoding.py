@@ -146,7 +146,9 @@ def test_a_bad_item_is_skipped_counted_and_listed(tmp_path, reason):
 
 def test_too_many_bad_items_are_an_error_that_names_the_reasons(tmp_path):
     source = Pictures(bad=(1, 2, 15))
-    message = r"3 of 23 items .* allows a share of 0\.1; the commonest reasons: no caption \(3\)"
+    message = (
+        r"3 of 23 items .* allows a share of 0\.1; the commonest reasons: no caption \(3, such as "
+    )
     with pytest.raises(ValueError, match=message):
         run(source, tmp_path, limits=Limits(max_skipped=0.1))
     with pytest.raises(ValueError, match="was not finished"):

@@ -52,6 +52,39 @@ def test_what_is_no_image_or_hidden_is_left_out(tmp_path):
     assert list(captions(tmp_path)) == ["a.png"]
 
 
+def test_hidden_folders_are_left_out_and_links_to_nowhere_skipped(tmp_path):
+    put(tmp_path / "a.png")
+    put(tmp_path / ".thumbs" / "b.png")
+    (tmp_path / "c.png").symlink_to(tmp_path / "gone.png")
+    source = open_source(f"folder:{tmp_path}")
+    assert len(source) == 2 and source[0].key == "a.png"
+    with pytest.raises(Skip, match="file cannot be read: No such file"):
+        source[1]
+
+
+@pytest.mark.parametrize("text", [7, [1, 2], {"en": "a cat"}])
+def test_a_caption_that_is_no_text_is_skipped(tmp_path, text):
+    put(tmp_path / "a.png")
+    put(tmp_path / "metadata.jsonl", json.dumps({"file_name": "a.png", "text": text}))
+    with pytest.raises(Skip, match="caption is no text"):
+        open_source(f"folder:{tmp_path}")[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("metadata.csv", "text,file_name\na cat\n", r"csv:2: file_name is None"),
+        ("metadata.csv", f"file_name,text\na.png,{'x' * 200_000}\n", r"csv:\d is no CSV"),
+        ("metadata.jsonl", '{"file_name": 3, "text": "a cat"}', r"jsonl:1: file_name is 3"),
+    ],
+)
+def test_metadata_that_names_no_file_is_refused_with_its_line(tmp_path, name, text, message):
+    put(tmp_path / "a.png")
+    put(tmp_path / name, text)
+    with pytest.raises(ValueError, match=message):
+        open_source(f"folder:{tmp_path}")
+
+
 def test_a_jsonl_of_metadata_gives_captions_and_alternatives(tmp_path):
     for name in ("a.png", "in/b.png", "c.png"):
         put(tmp_path / name)

@@ -73,6 +73,7 @@ def test_a_sample_without_a_caption_has_none(tmp_path):
         ({"x.txt": b"a caption"}, "no image"),
         ({"x.jpg": b"i", "x.json": b"{"}, "JSON cannot be read"),
         ({"x.jpg": b"i", "x.json": b"[]"}, "JSON cannot be read"),
+        ({"x.jpg": b"i", "x.json": b'{"caption": 7}'}, "caption is no text"),
     ],
 )
 def test_a_sample_that_cannot_be_used_is_skipped_by_name(tmp_path, members, reason):

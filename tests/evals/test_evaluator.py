@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from ldm_jax.data.scenes import draw_scene
 from ldm_jax.diffusion import DDIM, DDPM, RectifiedFlow, grid, velocity
 from ldm_jax.diffusion.grids import Even
 from ldm_jax.evals.evaluator import Evaluator, Scorer
@@ -129,3 +130,12 @@ def test_a_grid_holds_every_image_in_reading_order_on_white():
     assert grid.shape == (2 * 5 + 1, 2 * 6 + 1, 3)
     assert [grid[2, 2, 0], grid[2, 8, 0], grid[7, 2, 0], grid[7, 8, 0]] == [0, 128, 255, 255]
     np.testing.assert_array_equal(to_uint8(images)[:, 0, 0, 0], [0, 128, 255])
+
+
+def test_prompts_of_scenes_are_those_that_were_asked_for():
+    usual, zero = (read_prompts(f"scenes:full?count=8{seed}", no_data) for seed in ("", "&seed=0"))
+    assert zero.scenes[0] == draw_scene("full", "train", 0, 0) != usual.scenes[0]
+    with pytest.raises(ValueError, match="it takes no split"):
+        read_prompts("scenes:full?split=train", no_data)
+    with pytest.raises(ValueError, match="count is 0"):
+        read_prompts("scenes:full?count=0", no_data)

@@ -46,6 +46,20 @@ def test_a_reader_that_guesses_scores_the_chance_that_the_choices_give():
     assert score.low < chance < score.high
 
 
+def test_a_reader_that_sees_nothing_scores_chance_in_every_attribute():
+    scenes = [draw_scene("full", "all", 7, index) for index in range(400)]
+    asked = [questions(scene, number) for number, scene in enumerate(scenes)]
+    scores = faithfulness(np.zeros((len(scenes), OUTPUTS)), asked)
+    for name, score in scores.items():
+        alike = [
+            q
+            for row in asked
+            for q in row
+            if name in ("faithfulness", f"faithfulness/{q.attribute}")
+        ]
+        assert abs(score.value - np.mean([1 / len(q.choices) for q in alike])) < 0.08, name
+
+
 def test_every_question_has_one_right_choice_among_distinct_ones():
     for number, scene in enumerate(SCENES):
         for question in questions(scene, number):

@@ -25,8 +25,11 @@ def test_the_interval_is_that_of_the_normal_law_for_many_values():
     )
 
 
-def test_prompts_without_a_score_do_not_count():
-    assert mean_estimate(np.array([1.0, np.nan, 3.0]))[::3] == (2.0, 2)
+def test_what_is_no_number_is_not_left_out_of_a_mean():
+    scores = by_group("score", np.array([1.0, np.nan, 3.0, 4.0]), ["a", "a", "b", "b"])
+    values = {name: score.value for name, score in scores.items()}
+    assert np.isnan([values.pop(name) for name in ("score", "score/a", "score/gap")]).all()
+    assert values == {"score/b": 3.5}
 
 
 def test_equal_values_have_no_width_and_one_value_no_interval():
@@ -36,7 +39,7 @@ def test_equal_values_have_no_width_and_one_value_no_interval():
 
 def test_nothing_to_score_is_an_error():
     with pytest.raises(ValueError, match="at least one prompt"):
-        mean_estimate(np.array([np.nan]))
+        mean_estimate(np.array([]))
 
 
 def test_groups_are_means_of_their_own_and_the_gap_is_their_difference():

@@ -36,6 +36,21 @@ def test_a_convolution_counts_every_tap(stride, groups):
     assert traced_flops(convolve, x, kernel) == 2 * outputs * 9 * (4 // groups)
 
 
+def test_the_gradient_of_a_strided_convolution_costs_what_the_convolution_costs():
+    kernel = jax.ShapeDtypeStruct((3, 3, 4, 6), jnp.float32)
+    x = jax.ShapeDtypeStruct((2, 8, 8, 4), jnp.float32)
+
+    def convolve(x, kernel):
+        layout = ("NHWC", "HWIO", "NHWC")
+        return jax.lax.conv_general_dilated(x, kernel, (2, 2), "SAME", dimension_numbers=layout)
+
+    def pull_back(y, kernel):
+        return jax.linear_transpose(lambda x: convolve(x, kernel), x)(y)
+
+    y = jax.eval_shape(convolve, x, kernel)
+    assert traced_flops(pull_back, y, kernel) == traced_flops(convolve, x, kernel)
+
+
 def test_a_scan_counts_as_often_as_it_runs_and_a_gradient_three_times():
     w, x = jnp.ones((6, 6)), jnp.ones((2, 6))
 

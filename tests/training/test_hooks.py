@@ -153,6 +153,35 @@ def test_metrics_of_a_period_are_written_before_a_save_asks_for_it(tmp_path):
     assert [row["examples"] for row in rows(tmp_path)] == [24]
 
 
+def test_a_run_that_continues_from_a_save_writes_the_lines_of_one_that_did_not_stop(tmp_path):
+    """The save at 40 examples falls into the second period of 24."""
+
+    def losses(directory):
+        return [(row["examples"], row["loss"]) for row in rows(directory)]
+
+    steps = list(ticks([1.0, 2.0, 6.0, 4.0, 5.0, 9.0, 7.0]))
+    for stop in (7, 5):
+        metrics = Metrics(tmp_path / str(stop), 24, Board())
+        for tick in steps[:stop]:
+            metrics(tick)
+            if tick.examples == 40:
+                metrics.settle()
+    again = Metrics(tmp_path / "5", 24, Board(), since=40)
+    for tick in steps[5:]:
+        again(tick)
+    assert losses(tmp_path / "5") == losses(tmp_path / "7")
+    assert losses(tmp_path / "7") == [(24, 3.0), (40, 4.5), (48, 9.0), (56, 7.0)]
+
+
+def test_a_save_that_failed_does_not_hide_why_the_run_stops(tmp_path):
+    def last_good():
+        raise OSError("the disk is full")
+
+    with pytest.raises(TrainingError, match=r"loss became nan .* unknown \(the disk is full\)"):
+        for tick in ticks([float("nan")]):
+            Guard(tmp_path, last_good)(tick)
+
+
 def test_metrics_of_steps_that_a_resumed_run_takes_again_are_dropped(tmp_path):
     metrics = Metrics(tmp_path, 8, Board())
     for tick in ticks([1.0] * 6):
