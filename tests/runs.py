@@ -38,6 +38,7 @@ def get_config():
 
 def given(directory: Path, config: RunConfig = TINY) -> str:
     """The flag `--config=FILE`, with a config file that was written for it."""
+    directory.mkdir(parents=True, exist_ok=True)
     path = directory / "given.py"
     path.write_text(FILE.format(text=to_json(config)))
     return f"--config={path}"

@@ -1,8 +1,10 @@
 """The commands, one after the other, on a run of a few steps with the embedded models."""
 
+import contextlib
 import dataclasses
 import json
 import shutil
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -20,9 +22,10 @@ LARGE_RED = "a large plain red circle at the center on a gray background"
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    workdir = tmp_path_factory.mktemp("run")
-    runs.run_whole(workdir)
-    return workdir
+    folder = tmp_path_factory.mktemp("here")
+    with contextlib.chdir(folder):  # a relative path, as people give them
+        runs.run_whole(Path("run"))
+    return folder / "run"
 
 
 def read(path):

@@ -51,7 +51,9 @@ class Checkpoints:
         """Keeps the newest `keep`; an old one is deleted only after a newer one is whole."""
         if keep < 1:
             raise ValueError(f"keep is the number of checkpoints kept and at least 1, got {keep}.")
-        self.directory, self.keep = epath.Path(directory), keep
+        path = os.fspath(directory)  # Orbax wants it absolute; a bucket's is
+        self.directory = epath.Path(path if "://" in path else os.path.abspath(path))
+        self.keep = keep
         self._pending: tuple[int, ocp.AsyncResponse] | None = None
         self._damaged: set[int] = set()
         logging.getLogger("absl").addFilter(_not_from_orbax)

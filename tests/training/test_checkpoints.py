@@ -66,6 +66,12 @@ def test_what_is_restored_is_what_was_saved(tmp_path, fresh, abstract):
     assert jax.tree.structure(restored) == jax.tree.structure(fresh)
 
 
+def test_a_relative_directory_will_do(tmp_path, monkeypatch, fresh, abstract):
+    monkeypatch.chdir(tmp_path)
+    saved("runs/demo", fresh, 8)
+    assert_equal(Checkpoints("runs/demo").restore(abstract), at(fresh, 8))
+
+
 @pytest.mark.parametrize("config", [MeshConfig(data=2, fsdp=2, tensor=2), MeshConfig(fsdp=4)])
 def test_a_checkpoint_is_restored_onto_any_mesh(tmp_path, config):
     one = toy.Run(tmp_path)
