@@ -1,4 +1,13 @@
-"""One to three objects a scene, in an hour on two cores: the embedded models, a UNet of 2.4M parameters."""
+"""One to three objects a scene, in an hour on two cores: the embedded models, a UNet of 2.4M parameters.
+
+    python -m ldm_jax.encode --config=configs/full.py --workdir=runs/full
+    python -m ldm_jax.train --workdir=runs/full
+
+Expected: faithfulness 0.95 (95% of it between 0.94 and 0.96; untrained 0.34, true renders 1.00) and CLIP score 0.80
+(0.08, 0.84) on 128 prompts; combinations that training never shows are no harder (gap -0.01, from -0.03 to 0.01).
+After 32,000 examples 0.57, then 0.81, 0.87, 0.90, 0.92, 0.94, 0.95. Weakest is the texture (0.77), best the size (1.00).
+Samples: docs/full.png. Cost: 3 minutes to encode and 43 to train on two cores that other work shared.
+"""
 
 from ldm_jax.config import DataConfig, EvalConfig, RunConfig, SamplingConfig, TrainConfig
 from ldm_jax.configuration import to_config_dict
