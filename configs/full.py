@@ -5,7 +5,7 @@
 
 Expected: faithfulness 0.95 (95% of it between 0.94 and 0.96; untrained 0.34, true renders 1.00) and CLIP score 0.80
 (0.08, 0.84) on 128 prompts; combinations that training never shows are no harder (gap -0.01, from -0.03 to 0.01).
-After 32,000 examples 0.57, then 0.81, 0.87, 0.90, 0.92, 0.94, 0.95. Weakest is the texture (0.77), best the size (1.00).
+After 32,000 examples 0.57, then 0.81, 0.87, 0.90, 0.92, 0.94, 0.95. Weakest is texture (0.77), best size (1.00).
 Samples: docs/full.png. Cost: 3 minutes to encode and 43 to train on two cores that other work shared.
 """
 
