@@ -117,11 +117,12 @@ def draw(
 def write(directory: Path, images: Images, prompts: list[str], seeds: int) -> None:
     """PNGs `PROMPT-SEED.png`, a grid with a row a prompt (or a square one), and which prompt is which.
 
-    Those of an earlier call into the same directory go.
+    Those of an earlier call into the same directory, which its images.json tells, go; nobody else's do.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    for old in directory.glob("[0-9]*-[0-9]*.png"):
-        old.unlink()
+    if (directory / "images.json").exists():
+        for old in directory.glob(f"{'[0-9]' * 5}-[0-9][0-9].png"):
+            old.unlink()
     for number, pixels in enumerate(to_uint8(images)):
         prompt, seed = divmod(number, seeds)
         Image.fromarray(pixels).save(directory / f"{prompt:05d}-{seed:02d}.png")

@@ -242,7 +242,14 @@ def test_parameters_that_cannot_be_divided_yet_are_said():
         build.mesh_of(dataclasses.replace(runs.TINY, mesh=MeshConfig(fsdp=8)))
 
 
-def test_images_of_an_earlier_call_go(tmp_path):
+def test_images_of_an_earlier_call_go_and_nobody_elses(tmp_path):
+    others = ["00007-00.png", "2026-01.png"]
+    for name in others:
+        (tmp_path / name).touch()
+    sample.write(tmp_path, np.zeros((1, 8, 8, 3), np.float32), ["x"], seeds=1)
+    assert all((tmp_path / name).exists() for name in others)
+    (tmp_path / others[0]).unlink()
     for prompts in (["a", "b"], ["c"]):
         sample.write(tmp_path, np.zeros((len(prompts), 8, 8, 3), np.float32), prompts, seeds=1)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["00000-00.png", "grid.png", "images.json"]
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ["00000-00.png", "2026-01.png", "grid.png", "images.json"]
