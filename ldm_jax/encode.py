@@ -9,7 +9,6 @@ to WORKDIR, where the other commands find it. Killed at any moment, the same com
 
 import argparse
 import functools
-import logging
 
 import jax
 
@@ -26,7 +25,6 @@ from ldm_jax.types import Cond, Images, Latent
 
 def main(flags: argparse.Namespace) -> None:
     """Encodes the training source, and that of the validation loss where it has its own."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
     config: RunConfig = flags.config
     data = config.data
     mesh = build.mesh_of(config)

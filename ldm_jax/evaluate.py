@@ -8,7 +8,6 @@ The scores are printed as a table and appended to WORKDIR/scores.jsonl with the 
 
 import argparse
 import json
-import logging
 
 from ldm_jax import build
 from ldm_jax.config import RunConfig
@@ -21,7 +20,6 @@ from ldm_jax.types import Estimate
 
 def main(flags: argparse.Namespace) -> None:
     """Evaluates the newest checkpoint."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
     config: RunConfig = flags.config
     mesh = build.mesh_of(config)
     pretrained = build.load_pretrained(config, mesh)

@@ -10,6 +10,7 @@ import argparse
 import ast
 import importlib.util
 import inspect
+import logging
 import os
 import re
 import shutil
@@ -63,6 +64,10 @@ def run_command(
         sys.exit(0)
     except OSError as error:
         _fail(_sentence(error), 1)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
+    logging.getLogger("jax").setLevel(
+        logging.WARNING
+    )  # it tells of every platform it does not find
     try:
         main(flags)
     except KeyboardInterrupt:

@@ -42,7 +42,6 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 def main(flags: argparse.Namespace) -> None:
     """Draws and writes the images."""
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", force=True)
     config: RunConfig = flags.config
     prompts = read(flags)
     mesh = build.mesh_of(config)

@@ -37,7 +37,6 @@ from ldm_jax.types import Batch, Estimate, Params
 
 def main(flags: argparse.Namespace) -> None:
     """Trains, from scratch or from the last checkpoint in the working directory."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
     flags.workdir.mkdir(parents=True, exist_ok=True)
     writes = jax.process_index() == 0
     with alone_in(flags.workdir) if writes else contextlib.nullcontext():

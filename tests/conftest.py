@@ -4,7 +4,9 @@ import os
 from pathlib import Path
 
 # Read by XLA and JAX when they are imported, and inherited by the processes that tests start.
-_CACHE = Path(__file__).parent.parent / ".pytest_cache" / "jax"
+# One cache a worker of pytest-xdist, since JAX writes to it without a lock.
+_WORKER = os.environ.get("PYTEST_XDIST_WORKER", "alone")
+_CACHE = Path(__file__).parent.parent / ".pytest_cache" / "jax" / _WORKER
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_NUMPY_RANK_PROMOTION", "raise")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_CACHE))

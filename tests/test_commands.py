@@ -16,6 +16,8 @@ from ldm_jax import build, encode, evaluate, report, sample, train
 from ldm_jax.data.durable import alone_in
 from ldm_jax.flags import UsageError, parse
 from ldm_jax.parallel.mesh import MeshConfig
+from ldm_jax.training import TrainingError
+from ldm_jax.training.checkpoints import Checkpoints
 
 LARGE_RED = "a large plain red circle at the center on a gray background"
 
@@ -110,8 +112,20 @@ def test_another_config_in_the_same_directory_is_refused_with_the_difference(run
 def test_a_longer_run_continues_the_shorter_one(run, tmp_path):
     longer = tmp_path / "longer"
     shutil.copytree(run, longer)
-    runs.run(train, longer, "--config.train.examples=80", "--config.train.log_every=8")
+    with jax.transfer_guard_device_to_device("disallow"):  # all lies on the mesh from the start
+        runs.run(train, longer, "--config.train.examples=80", "--config.train.log_every=8")
     assert [row["examples"] for row in lines(longer / "record.jsonl")] == [64, 80]
+
+
+def test_a_state_that_the_guard_refuses_is_neither_scored_nor_saved(run, tmp_path):
+    """At this rate the first update overflows, which shows in the second step: its end is an evaluation's."""
+    (tmp_path / "latents").symlink_to(run / "latents")
+    words = ("optimizer.learning_rate=1e16", "eval.every=16", "train.save_every=16")
+    with pytest.raises(TrainingError, match="at step 2, after 16 examples"):
+        runs.run(train, tmp_path, runs.given(tmp_path), *(f"--config.{word}" for word in words))
+    assert [row["examples"] for row in lines(tmp_path / "evaluations.jsonl")] == [0]
+    assert Checkpoints(tmp_path / "checkpoints").latest() is None
+    assert (tmp_path / "bad_batch_16.npz").exists()
 
 
 def test_latents_of_another_autoencoder_are_refused(run, tmp_path):
