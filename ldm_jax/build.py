@@ -21,13 +21,12 @@ from ldm_jax.evals.faithfulness import Faithfulness
 from ldm_jax.evals.generation import Generate, make_generate
 from ldm_jax.evals.prompts import Prompts, read_prompts
 from ldm_jax.metrics.clip_score import CLIPScore
-from ldm_jax.models import names, weights
-from ldm_jax.models.clip import CLIP, CLIPConfig, CLIPText, CLIPTextConfig
-from ldm_jax.models.kl import AutoencoderKL, KLConfig
-from ldm_jax.models.reader import Reader, ReaderConfig
+from ldm_jax.models import weights
+from ldm_jax.models.clip import CLIPTextConfig
+from ldm_jax.models.networks import MODULES, described
+from ldm_jax.models.t5 import T5Config
+from ldm_jax.models.text import T5_LENGTH, Text
 from ldm_jax.models.tokenizer import Tokenizer
-from ldm_jax.models.unet import UNet
-from ldm_jax.models.unet_config import UNetConfig
 from ldm_jax.nn.functional import Functional, functional
 from ldm_jax.parallel import REPLICATED, make_mesh, put_batch, shardings
 from ldm_jax.training import State, abstract_state, init_state, make_optimizer, make_step
@@ -35,7 +34,6 @@ from ldm_jax.training.checkpoints import Checkpoints
 from ldm_jax.training.step import Step
 from ldm_jax.types import Batch, Cond, Images, Latent, Params, Tokens
 
-MODULES = {UNetConfig: UNet}
 TABLE, RULES = ((".*", REPLICATED),), {}
 
 _log = logging.getLogger(__name__)
@@ -52,9 +50,9 @@ class Network(NamedTuple):
 class Pretrained(NamedTuple):
     """The frozen networks of one directory; `clip` and `reader` only where it has them."""
 
-    tokenizer: Tokenizer
     autoencoder: Network
-    text_encoder: Network
+    text: Text
+    text_params: tuple[Params, ...]
     clip: Network | None
     clip_tokenizer: Tokenizer
     reader: Network | None
@@ -62,13 +60,12 @@ class Pretrained(NamedTuple):
     @property
     def params(self) -> Params:
         """The parameters of all networks, an argument of the jitted programs."""
-        return {name: x.params for name, x in self._asdict().items() if isinstance(x, Network)}
+        networks = {name: x.params for name, x in self._asdict().items() if isinstance(x, Network)}
+        return {**networks, "text": self.text_params}
 
     def encode(self, frozen: Params, text: Tokens | Cond) -> Cond:
-        """Tokens through the text encoder; text that is encoded already as it is."""
-        if isinstance(text, Cond):
-            return text
-        return Cond(tokens=self.text_encoder.apply(frozen["text_encoder"], text).last)
+        """Tokens through the text encoders; text that is encoded already as it is."""
+        return text if isinstance(text, Cond) else self.text.encode(frozen["text"], text)
 
     def encode_images(self, frozen: Params, images: Images) -> Latent:
         """Images in [-1, 1] to scaled latents."""
@@ -82,8 +79,9 @@ class Pretrained(NamedTuple):
 def load_pretrained(config: RunConfig, mesh: Mesh) -> Pretrained:
     """Reads the directory `config.pretrained`, in Stable Diffusion's layout as diffusers writes it, onto the mesh.
 
-    Beside `vae`, `text_encoder` and `tokenizer` it may hold `clip`, a CLIPModel with its tokenizer that scores, and
-    `reader`, which answers questions about scenes. A score whose network is not there is left out, and it is said.
+    That is `vae`, `text_encoder` and `tokenizer`, and in SDXL's case `text_encoder_2` and `tokenizer_2`; beside them it
+    may hold `clip`, a CLIPModel with its tokenizer that scores, and `reader`, which answers questions about scenes. A
+    score whose network is not there is left out, and it is said.
 
     Raises:
       FileNotFoundError, ValueError: no such directory, weights that are missing or of another shape, or a
@@ -93,33 +91,46 @@ def load_pretrained(config: RunConfig, mesh: Mesh) -> Pretrained:
     clip = Path(config.eval.clip) if config.eval.clip else directory / "clip"
     if not clip.is_dir():
         _log.warning("There is no CLIP score: %s is no directory (eval.clip names one).", clip)
-    tokenizer = Tokenizer.from_directory(directory / "tokenizer")
-    has_clip = clip.is_dir()
-    load = functools.partial(_load, mesh=mesh)
+    text, text_params = _load_text(directory, config.data.size, mesh)
+    reader = directory / "reader"
     pretrained = Pretrained(
-        tokenizer=tokenizer,
-        autoencoder=load(directory / "vae", KLConfig.from_diffusers, AutoencoderKL, names.KL),
-        text_encoder=load(
-            directory / "text_encoder", CLIPTextConfig.from_transformers, CLIPText, names.CLIP_TEXT
-        ),
-        clip=load(clip, CLIPConfig.from_transformers, CLIP, names.CLIP) if has_clip else None,
-        clip_tokenizer=Tokenizer.from_directory(clip) if has_clip else tokenizer,
-        reader=load(directory / "reader", ReaderConfig.from_dict, Reader, names.Names())
-        if (directory / "reader").is_dir()
-        else None,
+        autoencoder=_load(directory / "vae", mesh),
+        text=text,
+        text_params=text_params,
+        clip=_load(clip, mesh) if clip.is_dir() else None,
+        clip_tokenizer=Tokenizer.from_directory(clip) if clip.is_dir() else text.tokenizers[0],
+        reader=_load(reader, mesh) if reader.is_dir() else None,
     )
-    _check_tokenizer(directory, tokenizer, pretrained.text_encoder.config)
-    if has_clip:
+    if pretrained.clip is not None:
         _check_tokenizer(clip, pretrained.clip_tokenizer, pretrained.clip.config.text)
     return pretrained
 
 
-def _check_tokenizer(directory: Path, tokenizer: Tokenizer, text: CLIPTextConfig) -> None:
+def _load_text(directory: Path, size: int, mesh: Mesh) -> tuple[Text, tuple[Params, ...]]:
+    """The text encoders, of which a directory has one or two, and their parameters."""
+    networks, tokenizers = [], []
+    for number in ("", "_2"):
+        path = directory / f"text_encoder{number}"
+        if number and not path.is_dir():
+            continue
+        network = _load(path, mesh)
+        length = T5_LENGTH if isinstance(network.config, T5Config) else None
+        tokenizer = Tokenizer.from_directory(directory / f"tokenizer{number}", length)
+        _check_tokenizer(directory, tokenizer, network.config)
+        networks.append(network)
+        tokenizers.append(tokenizer)
+    configs, applies, params = zip(*networks, strict=True)
+    return Text(tuple(tokenizers), configs, applies, size), params
+
+
+def _check_tokenizer(
+    directory: Path, tokenizer: Tokenizer, text: CLIPTextConfig | T5Config
+) -> None:
     """An id that the network does not embed would become NaN without a word."""
-    for name, given, allowed in (
-        ("vocabulary", tokenizer.vocab_size, text.vocab_size),
-        ("model_max_length", tokenizer.max_length, text.max_position_embeddings),
-    ):
+    checks = [("vocabulary", tokenizer.vocab_size, text.vocab_size)]
+    if isinstance(text, CLIPTextConfig):
+        checks.append(("model_max_length", tokenizer.max_length, text.max_position_embeddings))
+    for name, given, allowed in checks:
         if given > allowed:
             raise ValueError(
                 f"{directory}: the tokenizer's {name} is {given}, and the text encoder has embeddings for {allowed}"
@@ -139,14 +150,13 @@ def pretrained_directory(config: RunConfig) -> Path:
     return directory
 
 
-def _load(
-    directory: Path, read: Callable[[dict], Any], module: type, table: names.Names, *, mesh: Mesh
-) -> Network:
-    config = read(weights.read_config(directory))
-    init, apply = functional(lambda rngs: module(config, rngs))
+def _load(directory: Path, mesh: Mesh) -> Network:
+    kind, config = described(directory)
+    init, apply = functional(lambda rngs: kind.module(config, rngs))
     like = jax.eval_shape(init, jax.random.key(0))
     places = shardings(like, TABLE, RULES, mesh)
-    return Network(config, apply, weights.load(directory, like, table, shardings=places))
+    params = weights.load(directory, like, kind.names(config), shardings=places)
+    return Network(config, apply, params)
 
 
 def make_backbone(config: RunConfig, pretrained: Pretrained) -> Functional:
@@ -156,22 +166,24 @@ def make_backbone(config: RunConfig, pretrained: Pretrained) -> Functional:
       ValueError: it does not fit the text encoder, the autoencoder or the size of the images.
     """
     backbone = dataclasses.replace(config.backbone, dtype=config.train.precision)
+    channels = pretrained.autoencoder.config.latent_channels
     fits = {
-        "text_width": pretrained.text_encoder.config.hidden_size,
-        "in_channels": pretrained.autoencoder.config.latent_channels,
-        "out_channels": pretrained.autoencoder.config.latent_channels,
+        "text_width": (backbone.text_width, pretrained.text.width),
+        "in_channels": (backbone.in_channels, channels),
+        "predicted_channels": (backbone.predicted_channels, channels),
     }
-    for field, wanted in fits.items():
-        if getattr(backbone, field) != wanted:
+    if backbone.pooled_width:
+        fits["pooled_width"] = backbone.pooled_width, pretrained.text.pooled_width
+    for field, (given, wanted) in fits.items():
+        if given != wanted:
             raise ValueError(
-                f"the backbone's {field} is {getattr(backbone, field)}, and the pretrained models have {wanted}"
+                f"the backbone's {field} is {given}, and the pretrained models have {wanted}"
             )
     side = config.data.size // pretrained.autoencoder.config.downsampling
-    parts = 2 ** (len(backbone.channels) - 1)
-    if side % parts:
+    if side % backbone.multiple:
         raise ValueError(
-            f"data.size is {config.data.size}, which gives latents of {side} rows; a backbone of"
-            f" {len(backbone.channels)} levels takes a multiple of {parts}"
+            f"data.size is {config.data.size}, which gives latents of {side} rows; this backbone takes a multiple of"
+            f" {backbone.multiple}"
         )
     return functional(lambda rngs: MODULES[type(backbone)](backbone, rngs))
 
@@ -267,7 +279,7 @@ def make_loader(config: RunConfig, workdir: Path, pretrained: Pretrained) -> Loa
         batch=config.train.batch,
         seed=config.seed,
         policy=config.captions,
-        tokenizer=None if config.data.text_embeddings else pretrained.tokenizer,
+        tokenizer=None if config.data.text_embeddings else pretrained.text,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
         threads=config.data.workers,
@@ -279,7 +291,7 @@ def check_records(config: RunConfig, directory: Path, pretrained: Pretrained) ->
     manifest = Manifest.read_from(directory)
     manifest.require(
         autoencoder=autoencoder_of(pretrained).fingerprint,
-        text_encoder=weights.fingerprint(pretrained.text_encoder.params)
+        text_encoder=weights.fingerprint(pretrained.text_params)
         if config.data.text_embeddings
         else "",
     )
@@ -298,7 +310,7 @@ def make_validation(
         return lambda params, frozen: {}
     directory = validation_records(config, workdir)
     count = min(config.eval.validation, check_records(config, directory, pretrained).written)
-    tokenizer = None if config.data.text_embeddings else pretrained.tokenizer
+    tokenizer = None if config.data.text_embeddings else pretrained.text
     size = config.sampling.batch
     parts = [
         fixed_batch(directory, [min(n, count - 1) for n in range(i, i + size)], tokenizer=tokenizer)
@@ -369,7 +381,7 @@ def make_evaluator(
         scorers["clip_score"] = Scorer(
             metric, "clip", pretrained.clip_tokenizer(texts), prompts.groups
         )
-    tokens = pretrained.tokenizer(texts)
+    tokens = pretrained.text(texts)
     if pretrained.reader is not None and prompts.scenes:
         metric = Faithfulness(pretrained.reader.apply)
         scorers["faithfulness"] = Scorer(metric, "reader", tokens, prompts)
@@ -377,7 +389,7 @@ def make_evaluator(
         make_sampling(config, network, pretrained),
         scorers,
         tokens=tokens,
-        empty=pretrained.tokenizer([""]),
+        empty=pretrained.text([""]),
         key=key(config, "eval"),
         mesh=mesh,
         batch=config.sampling.batch,

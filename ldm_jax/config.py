@@ -33,7 +33,7 @@ from ldm_jax.diffusion import (
     Uniform,
     Weighting,
 )
-from ldm_jax.models import BACKBONES
+from ldm_jax.models import BACKBONES, Backbone
 from ldm_jax.models.unet_config import UNetConfig
 from ldm_jax.parallel.mesh import MeshConfig
 from ldm_jax.training.optimizer import OptimizerConfig
@@ -141,7 +141,7 @@ class RunConfig:
     )
     data: DataConfig = DataConfig()
     captions: CaptionPolicy = CaptionPolicy()
-    backbone: UNetConfig = choice(BACKBONES, UNetConfig())  # the network that is trained
+    backbone: Backbone = choice(BACKBONES, UNetConfig())  # the network that is trained
     schedule: Schedule = choice(SCHEDULES, ScaledLinear())  # of the noise
     prediction: str = one_of(PREDICTIONS, "v")  # what the network predicts
     times: Times = choice(TIMES, Uniform())  # distribution of the training time

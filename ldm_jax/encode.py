@@ -37,9 +37,9 @@ def main(flags: argparse.Namespace) -> None:
         return to_latents(frozen, put_batch(images, mesh))
 
     def embed(captions: list[str]) -> Cond:
-        return jax.device_get(to_cond(frozen, pretrained.tokenizer(captions)))
+        return jax.device_get(to_cond(frozen, pretrained.text(captions)))
 
-    text = TextEncoder(embed, weights.fingerprint(pretrained.text_encoder.params))
+    text = TextEncoder(embed, weights.fingerprint(pretrained.text_params))
     run = functools.partial(
         encode,
         encoder=encoder,

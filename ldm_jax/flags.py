@@ -46,15 +46,20 @@ def run_command(
     *,
     description: str,
     add_flags: AddFlags | None = None,
+    in_workdir: bool = True,
 ) -> NoReturn:
     """Parses the command line, runs `main(flags)` and ends the process with its exit code.
 
     `cls` is the dataclass of the config, for commands that take one: `flags.config` is its
-    instance. A `ValueError`, `OSError` or `FloatingPointError` is meant for the user and shown as
-    one line (`--traceback` shows the stack as well); anything else is a defect and keeps its stack.
+    instance. `in_workdir` says whether the command has a working directory. A `ValueError`,
+    `OSError` or `FloatingPointError` is meant for the user and shown as one line (`--traceback`
+    shows the stack as well); anything else is a defect and keeps its stack.
     """
+    logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
+    logging.getLogger("jax").setLevel(logging.WARNING)  # or it lists the platforms it does not find
+    options = {"description": description, "add_flags": add_flags, "in_workdir": in_workdir}
     try:
-        flags = parse(sys.argv[1:], cls, description=description, add_flags=add_flags)
+        flags = parse(sys.argv[1:], cls, **options)
     except UsageError as error:
         if "--traceback" in sys.argv:
             raise
@@ -64,10 +69,6 @@ def run_command(
         sys.exit(0)
     except OSError as error:
         _fail(_sentence(error), 1)
-    logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
-    logging.getLogger("jax").setLevel(
-        logging.WARNING
-    )  # it tells of every platform it does not find
     try:
         main(flags)
     except KeyboardInterrupt:
@@ -85,6 +86,7 @@ def parse(
     *,
     description: str = "",
     add_flags: AddFlags | None = None,
+    in_workdir: bool = True,
 ) -> argparse.Namespace:
     """The flags; `config` is an instance of `cls`, `workdir` a path. `--help` prints and exits.
 
@@ -92,7 +94,7 @@ def parse(
       UsageError: in one sentence, what was given, and what is allowed.
     """
     overrides, rest = _split(argv)
-    parser = _parser(description, cls, add_flags)
+    parser = _parser(description, cls, add_flags, in_workdir)
     if "--help" in rest or "-h" in rest:
         print(_help(parser, rest, cls), flush=True)
         sys.exit(0)
@@ -152,7 +154,9 @@ def _split(argv: Sequence[str]) -> tuple[list[tuple[str, str]], list[str]]:
     return overrides, rest
 
 
-def _parser(description: str, cls: type | None, add_flags: AddFlags | None) -> _Parser:
+def _parser(
+    description: str, cls: type | None, add_flags: AddFlags | None, in_workdir: bool
+) -> _Parser:
     parser = _Parser(
         prog=f"python -m {_program()}" if _specification() else _program(),
         description=description.strip(),
@@ -165,8 +169,9 @@ def _parser(description: str, cls: type | None, add_flags: AddFlags | None) -> _
         parser.add_argument("--config", metavar="FILE[:ARGUMENT]", help=text)
         text = "another value for one setting of the config (listed below)"
         parser.add_argument("--config.KEY", metavar="VALUE", help=text)
-    text = "directory of the run"
-    parser.add_argument("--workdir", type=Path, required=True, metavar="DIRECTORY", help=text)
+    if in_workdir:
+        text = "directory of the run"
+        parser.add_argument("--workdir", type=Path, required=True, metavar="DIRECTORY", help=text)
     if add_flags is not None:
         add_flags(parser)
     text = "show the stack of an error too"

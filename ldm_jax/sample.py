@@ -23,7 +23,7 @@ from ldm_jax.evals.generation import Generate
 from ldm_jax.evals.image_grids import save_grid, to_uint8
 from ldm_jax.evals.prompts import read_lines
 from ldm_jax.flags import run_command
-from ldm_jax.models.tokenizer import Tokenizer
+from ldm_jax.models.text import Text
 from ldm_jax.parallel import put_batch
 from ldm_jax.types import Images, Params
 
@@ -48,7 +48,7 @@ def main(flags: argparse.Namespace) -> None:
     pretrained = build.load_pretrained(config, mesh)
     network = build.make_backbone(config, pretrained)
     _, params = build.load_weights(config, flags.workdir, network, pretrained, mesh)
-    warn_of_truncation(prompts, pretrained.tokenizer)
+    warn_of_truncation(prompts, pretrained.text)
     generate = build.make_sampling(config, network, pretrained)
     images = draw(config, generate, params, pretrained, prompts, flags.seeds, mesh)
     directory = flags.output or flags.workdir / "images"
@@ -68,10 +68,10 @@ def read(flags: argparse.Namespace) -> list[str]:
     return prompts
 
 
-def warn_of_truncation(prompts: list[str], tokenizer: Tokenizer) -> None:
+def warn_of_truncation(prompts: list[str], text: Text) -> None:
     """Says what of a prompt the text encoder does not see."""
     for prompt in prompts:
-        if cut := tokenizer.truncated(prompt):
+        if cut := text.truncated(prompt):
             logging.warning("The text encoder does not see the end of a prompt: %r", cut)
 
 
@@ -85,8 +85,8 @@ def draw(
     mesh: jax.sharding.Mesh,
 ) -> Images:
     """Images [prompts x seeds, rows, columns, 3] in [-1, 1], the seeds of a prompt side by side."""
-    tokens = np.repeat(pretrained.tokenizer(prompts), seeds, axis=0)
-    empty, key = pretrained.tokenizer([""]), build.key(config, "sample")
+    tokens = np.repeat(pretrained.text(prompts), seeds, axis=0)
+    empty, key = pretrained.text([""]), build.key(config, "sample")
     number, seed = np.divmod(np.arange(len(tokens), dtype=np.uint32), np.uint32(seeds))
 
     @jax.jit

@@ -9,9 +9,9 @@ last checkpoint and ends as if nothing had happened.
 
 import argparse
 import contextlib
-import dataclasses
 import json
 import logging
+import math
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -26,13 +26,13 @@ from ldm_jax.data.durable import alone_in
 from ldm_jax.data.scenes import render
 from ldm_jax.evals.journal import Journal
 from ldm_jax.flags import run_command
-from ldm_jax.models.flops import traced_flops
+from ldm_jax.models.flops import count
 from ldm_jax.nn.functional import Functional
 from ldm_jax.scaling.records import RunRecord, append_record
 from ldm_jax.training import Every, Hook, State, Tick, fit, prefetch
 from ldm_jax.training.checkpoints import Checkpoints
 from ldm_jax.training.hooks import Guard, Metrics, Profiler, Progress, Save, tensorboard
-from ldm_jax.types import Batch, Estimate, Params
+from ldm_jax.types import Estimate, Params
 
 
 def main(flags: argparse.Namespace) -> None:
@@ -61,7 +61,7 @@ def run(config: RunConfig, workdir: Path) -> None:
     evaluate = Evaluate(config, workdir, network, pretrained, mesh, metrics, guard.settle)
     if not int(state.examples):
         evaluate.untrained(state)
-    flops = flops_per_example(config, pretrained, mesh, next(loader))
+    flops = flops_per_example(config, pretrained)
     hooks = [
         guard,
         metrics,
@@ -152,14 +152,11 @@ class Evaluate(Hook):
         return evaluation.scores
 
 
-def flops_per_example(
-    config: RunConfig, pretrained: build.Pretrained, mesh: jax.sharding.Mesh, batch: Batch
-) -> float:
-    """Floating-point operations of the products in one training step, by example; none is counted twice for remat."""
-    plain = dataclasses.replace(config, backbone=dataclasses.replace(config.backbone, remat="none"))
-    network = build.make_backbone(plain, pretrained)
-    step, _, abstract = build.make_training(plain, network, pretrained, mesh)
-    return traced_flops(step, abstract, pretrained.params, batch) / len(batch.weight)
+def flops_per_example(config: RunConfig, pretrained: build.Pretrained) -> float:
+    """Floating-point operations of the backbone in one training step, by example, whatever is recomputed."""
+    side = config.data.size // pretrained.autoencoder.config.downsampling
+    text_tokens = pretrained.text.tokenizers[0].max_length
+    return float(count(config.backbone, side, text_tokens).training_flops)
 
 
 def record(config: RunConfig, workdir: Path, state: State, flops: float) -> RunRecord:
@@ -167,7 +164,7 @@ def record(config: RunConfig, workdir: Path, state: State, flops: float) -> RunR
     rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     steps = [row for row in rows if "examples_per_second" in row]
     begun = [0, *(row["examples"] for row in steps)]
-    seconds = sum(
+    seconds = math.fsum(
         (row["examples"] - before) / row["examples_per_second"]
         for before, row in zip(begun, steps, strict=False)
     )

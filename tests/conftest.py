@@ -16,3 +16,8 @@ if "device_count" not in os.environ.get("XLA_FLAGS", ""):
     # Tests compile much and compute little: full effort of the backend is not worth its time.
     _FLAGS += " --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=1"
     os.environ["XLA_FLAGS"] = _FLAGS.strip()
+
+
+def pytest_collection_modifyitems(items):
+    """What takes longest comes first, so that the workers of pytest-xdist end together."""
+    items.sort(key=lambda item: item.path.stem != "test_commands")

@@ -4,7 +4,6 @@ It learns from renders and from reconstructions by the autoencoder, both blurred
 that it reads what is drawn and not how crisply.
 """
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -76,8 +75,7 @@ def train(assets: Path, steps: int) -> None:
         return value, {"loss": value, "accuracy": accuracy}
 
     def save(params: Params) -> None:
-        config = dataclasses.asdict(CONFIG)
-        weights.save(assets / "reader", params, names.Names(), config, dtype="float16")
+        weights.save(assets / "reader", params, names.Names(), CONFIG.to_dict(), dtype="float16")
 
     data = batches(prepare, BATCH)
     params = jax.jit(init)(jax.random.key(0))

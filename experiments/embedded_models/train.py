@@ -17,6 +17,9 @@ import importlib
 import json
 from pathlib import Path
 
+from ldm_jax.config import RunConfig
+from ldm_jax.models import scheduler
+
 ASSETS = Path(__file__).parents[2] / "ldm_jax" / "assets" / "scenes"
 STEPS = {"autoencoder": 10_000, "reader": 4_000, "text_encoder": 4_000, "clip": 5_000}
 
@@ -31,11 +34,21 @@ def main() -> None:
         "--assets", type=Path, default=ASSETS, help="the directory to write and to read"
     )
     arguments = parser.parse_args()
+    write_scheduler(arguments.assets)
     for name in [arguments.only] if arguments.only else STEPS:
         module = importlib.import_module(name)
         if not arguments.measure:
             module.train(arguments.assets, arguments.steps or STEPS[name])
         print(json.dumps(module.measure(arguments.assets), indent=2), flush=True)
+
+
+def write_scheduler(assets: Path) -> None:
+    """The noise schedule that runs with these models have unless they say otherwise."""
+    run = RunConfig()
+    config = scheduler.to_diffusers(run.schedule, run.prediction, run.sampling.spacing)
+    path = assets / "scheduler" / "scheduler_config.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(config, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -32,12 +32,14 @@ class Names:
     pointwise: linear layers here that are 1x1 convolutions there.
     legacy: (regular expression, replacement), which bring a key of an old file up to date.
     unused: regular expressions; keys that mean nothing here, such as stored constants.
+    tied: keys that a file may hold twice, the second time under a legacy name.
     """
 
     renames: tuple[tuple[str, str], ...] = ()
     pointwise: tuple[str, ...] = ()
     legacy: tuple[tuple[str, str], ...] = ()
     unused: tuple[str, ...] = ()
+    tied: tuple[str, ...] = ()
 
 
 _TO_OUT = ("to_out", "to_out.0")
@@ -74,6 +76,36 @@ UNET_LINEAR = Names(
     pointwise=("conv_shortcut",),
 )
 UNET_CONV = dataclasses.replace(UNET_LINEAR, pointwise=("conv_shortcut", "proj_in", "proj_out"))
+
+PIXART = Names(
+    renames=(
+        _TO_OUT,
+        ("patch_embedding", "pos_embed.proj"),
+        ("time_embedding", "adaln_single.emb.timestep_embedder"),
+        ("resolution_embedding", "adaln_single.emb.resolution_embedder"),
+        ("aspect_ratio_embedding", "adaln_single.emb.aspect_ratio_embedder"),
+        ("modulation", "adaln_single.linear"),
+        ("ff.linear_1", "ff.net.0.proj"),
+        ("ff.linear_2", "ff.net.2"),
+    ),
+    unused=(r"^caption_projection\.y_embedding$",),  # the empty text; samplers encode it themselves
+)
+
+T5 = Names(
+    renames=(
+        ("token_embedding", "shared"),
+        ("position_bias", "encoder.block.0.layer.0.SelfAttention.relative_attention_bias"),
+        ("blocks", "encoder.block"),
+        ("attention_norm", "layer.0.layer_norm"),
+        ("attention", "layer.0.SelfAttention"),
+        ("feed_forward_norm", "layer.1.layer_norm"),
+        ("feed_forward", "layer.1.DenseReluDense"),
+        ("final_norm", "encoder.final_layer_norm"),
+    ),
+    legacy=((r"^encoder\.embed_tokens\.", "shared."),),
+    unused=(r"^decoder\.", r"^lm_head\."),  # of the whole T5
+    tied=("shared.weight",),
+)
 
 
 class Entry(NamedTuple):

@@ -18,6 +18,8 @@ from ldm_jax.nn.attention import attention
 from ldm_jax.nn.layers import linear
 from ldm_jax.types import Images
 
+CLASS = {"_class_name": "Reader"}
+
 
 @dataclasses.dataclass(frozen=True)
 class ReaderConfig:
@@ -39,8 +41,13 @@ class ReaderConfig:
     @classmethod
     def from_dict(cls, config: dict[str, Any]) -> "ReaderConfig":
         """The config as its `config.json` has it."""
+        fields = {name: value for name, value in config.items() if name not in CLASS}
         lists = {name: tuple(config[name]) for name in ("channels", "strides")}
-        return cls(**{**config, **lists, "asked": tuple(map(tuple, config["asked"]))})
+        return cls(**{**fields, **lists, "asked": tuple(map(tuple, config["asked"]))})
+
+    def to_dict(self) -> dict[str, Any]:
+        """The content of `config.json`."""
+        return {**CLASS, **dataclasses.asdict(self)}
 
 
 class Reader(nnx.Module):

@@ -1,8 +1,10 @@
 """Captions to token ids: tokenizer directories as transformers writes them, and a trainer of small ones."""
 
 import dataclasses
+import io
 import json
 import os
+import struct
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ import tokenizers
 from jaxtyping import Int32
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-BOS, EOS = "<|startoftext|>", "<|endoftext|>"
+BOS, EOS = "<|startoftext|>", "<|endoftext|>"  # CLIP's
 END_OF_WORD = "</w>"
 NUM_BASE = 2 * 256 + 2  # every byte, inside a word and at its end, and the two special tokens
 
@@ -20,6 +22,8 @@ _WORDS = (
     r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 )
 _SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token")
+_T5_SPECIAL = {"eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
+_T5_SPACE: dict[str, Any] = {"replacement": "\u2581", "prepend_scheme": "always"}
 _UNLIMITED = 10**6  # transformers writes 10**30 for a model without a limit
 _Merges = list[tuple[str, str]]
 
@@ -28,7 +32,8 @@ _Merges = list[tuple[str, str]]
 class Tokenizer:
     """Captions to ids of one length; can be pickled, so that data workers can have it.
 
-    `pad_id` is the end token's in SD1.5 and the one of "!" in SD2.1, `vocab_size` the embeddings it needs.
+    `pad_id` is the end token's in SD1.5, the one of "!", 0, in SD2.1 and in SDXL's second tokenizer, and 0 in T5,
+    whose captions have an end token and no start token. `vocab_size` is how many embeddings it needs.
     """
 
     backend: tokenizers.Tokenizer
@@ -38,23 +43,28 @@ class Tokenizer:
 
     @classmethod
     def from_directory(cls, path: str | os.PathLike, max_length: int | None = None) -> "Tokenizer":
-        """Reads tokenizer.json, or CLIP's vocab.json and merges.txt, and what transformers keeps beside them.
+        """Reads tokenizer.json, CLIP's vocab.json and merges.txt, or T5's spiece.model, and what is kept beside them.
 
-        `max_length` is that of tokenizer_config.json unless it is given. Raises FileNotFoundError where the
-        files are missing, ValueError where nothing says the length or a file is not what its name says.
+        `max_length` is that of tokenizer_config.json unless it is given (PixArt gives T5 120). Raises
+        FileNotFoundError where the files are missing, ValueError where nothing says the length or a file is
+        not what its name says.
         """
         directory = Path(path)
         config = _config(directory)
         backend = _backend(directory, config)
         backend.no_padding()
         backend.no_truncation()
-        special = {name: config[name] for name in _SPECIAL if config.get(name)}
+        default = _T5_SPECIAL if isinstance(backend.model, models.Unigram) else {"eos_token": EOS}
+        given = {name: config.get(name) or default.get(name) for name in _SPECIAL}
+        special = {name: token for name, token in given.items() if token}
         ids = {name: _id(backend, token, directory) for name, token in special.items()}
         backend.add_special_tokens([_added(token) for token in special.values()])
         length = max_length or config.get("model_max_length", _UNLIMITED)
         if length >= _UNLIMITED:
-            raise ValueError(f"{directory}/tokenizer_config.json sets no model_max_length")
-        eos = ids["eos_token"] if "eos_token" in ids else _id(backend, EOS, directory)
+            raise ValueError(
+                f"{directory}/tokenizer_config.json sets no model_max_length, and no max_length is given"
+            )
+        eos = ids["eos_token"]
         return cls(backend, length, ids.get("pad_token", eos), eos)
 
     @property
@@ -138,19 +148,20 @@ def _vocabulary(merges: _Merges, size: int) -> tuple[dict[str, int], _Merges]:
 
 
 def _backend(directory: Path, config: Mapping[str, Any]) -> tokenizers.Tokenizer:
-    whole, vocab, merges = (
-        directory / name for name in ("tokenizer.json", "vocab.json", "merges.txt")
-    )
+    names = ("tokenizer.json", "vocab.json", "merges.txt", "spiece.model")
+    whole, vocab, merges, pieces = (directory / name for name in names)
     try:
         if whole.is_file():
             return tokenizers.Tokenizer.from_file(str(whole))
         if vocab.is_file() and merges.is_file():
             return _clip(*models.BPE.read_file(str(vocab), str(merges)), config)
+        if pieces.is_file():
+            return _t5(pieces.read_bytes(), config)
     except Exception as error:  # the library raises nothing more specific
         raise ValueError(f"the tokenizer in {directory} cannot be read: {error}") from None
     found = sorted(file.name for file in directory.iterdir()) if directory.is_dir() else []
     raise FileNotFoundError(
-        f"no tokenizer in {directory}: looked for tokenizer.json, or vocab.json and merges.txt; "
+        f"no tokenizer in {directory}: looked for tokenizer.json, vocab.json and merges.txt, or spiece.model; "
         f"there is {', '.join(found) or 'nothing'}"
     )
 
@@ -171,6 +182,68 @@ def _clip(
     )
     backend.add_special_tokens([_added(token) for token in (bos, eos)])
     return backend
+
+
+def _t5(spiece: bytes, config: Mapping[str, Any]) -> tokenizers.Tokenizer:
+    """T5's way from text to ids: words, each cut into its likeliest pieces (Kudo 2018, arXiv:1804.10959), and an end.
+
+    After the pieces come `extra_ids` tokens, which stand for gaps in the text that T5 itself was trained to fill.
+    """
+    pieces, unknown, normal_form = _read_spiece(spiece)
+    gaps = [f"<extra_id_{i}>" for i in reversed(range(config.get("extra_ids", 100)))]
+    backend = tokenizers.Tokenizer(
+        models.Unigram([*pieces, *((gap, 0.0) for gap in gaps)], unknown)
+    )
+    if normal_form:
+        backend.normalizer = normalizers.Precompiled(normal_form)
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace(**_T5_SPACE)]
+    )
+    backend.decoder = decoders.Metaspace(**_T5_SPACE)
+    eos = _content(config.get("eos_token") or _T5_SPECIAL["eos_token"])
+    backend.post_processor = processors.TemplateProcessing(
+        single=["$A", eos], special_tokens=[(eos, backend.token_to_id(eos))]
+    )
+    backend.add_special_tokens([_added(gap) for gap in gaps])
+    return backend
+
+
+def _read_spiece(data: bytes) -> tuple[list[tuple[str, float]], int, bytes]:
+    """Pieces and their log probabilities, the id of the unknown one, and the rules of the normal form, compiled.
+
+    The numbers of the fields are those of SentencePiece's sentencepiece_model.proto. Raises ValueError for a model of
+    another kind than T5's.
+    """
+    model = _fields(data)
+    trainer, normalizer = (_fields(model.get(number, [b""])[-1]) for number in (2, 3))
+    if 1 not in model or trainer.get(3, [1])[-1] != 1:
+        raise ValueError("spiece.model holds no unigram model")
+    pieces = []
+    for piece in map(_fields, model[1]):
+        (score,) = struct.unpack("<f", piece.get(2, [bytes(4)])[-1])
+        pieces.append((piece[1][-1].decode(), score))
+    return pieces, trainer.get(40, [0])[-1], normalizer.get(2, [b""])[-1]
+
+
+def _fields(message: bytes) -> dict[int, list[Any]]:
+    """The fields of a Protocol Buffers message by their numbers: integers as such, everything else as bytes."""
+    fields, data = {}, io.BytesIO(message)
+    while tag := _varint(data):
+        number, kind = tag >> 3, tag & 7
+        value = _varint(data) if kind == 0 else data.read({1: 8, 5: 4}.get(kind) or _varint(data))
+        fields.setdefault(number, []).append(value)
+    return fields
+
+
+def _varint(data: io.BytesIO) -> int:
+    """Seven bits a byte, the lowest first; the highest bit says that more follow. 0 at the end of the data."""
+    value, shift = 0, 0
+    while byte := data.read(1):
+        value |= (byte[0] & 127) << shift
+        shift += 7
+        if byte[0] < 128:
+            break
+    return value
 
 
 def _byte_pairs(**values: Any) -> models.BPE:

@@ -9,145 +9,55 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 
-from ldm_jax.models.unet_config import EPSILON, UNetConfig
-from ldm_jax.nn.attention import attention
+from ldm_jax.models.unet_attention import (
+    JointAttention,
+    KeysValues,
+    Mask,
+    StackedKeysValues,
+    Transformer,
+)
+from ldm_jax.models.unet_config import DEEPFLOYD, EPSILON, UNetConfig
 from ldm_jax.nn.layers import (
     Downsample,
+    Embedding,
     GroupNorm,
     Map,
     ResBlock,
-    TimeEmbedding,
     Upsample,
     conv3x3,
-    linear,
+    sinusoids,
     zeros,
 )
-from ldm_jax.nn.stack import Stack, rematerialised
+from ldm_jax.nn.stack import rematerialised
 from ldm_jax.types import Arr, Cond, Latent, PerExample
 
-TRANSFORMER_EPSILON = 1e-6
-
-Mask = Bool[Arr, "B L"] | None
-KeysValues = tuple[Float[Arr, "B L _ _"], Float[Arr, "B L _ _"]]
-StackedKeysValues = tuple[Float[Arr, "B _ L _ _"], Float[Arr, "B _ L _ _"]]
+Text = Iterator[StackedKeysValues | KeysValues]
 
 
 class UNetContext(NamedTuple):
     """What a UNet prepares once per prompt; every array has the batch first.
 
-    `text` holds the keys and values of the text for each transformer, in the order that the
-    network meets them.
+    `text` holds the keys and values of the text for each attention, in the order that the network
+    meets them, and `added` what is added to the embedded time.
     """
 
-    text: tuple[StackedKeysValues, ...]
+    text: tuple[StackedKeysValues | KeysValues, ...]
     mask: Mask
+    added: Float[Arr, "B T"] | None
     concat: Latent | None
 
 
-class Attention(nnx.Module):
-    """Multi-head attention of `width` to tokens of `source_width`, without biases but for the last."""
-
-    def __init__(
-        self, width: int, source_width: int, num_heads: int, dtype: str, rngs: nnx.Rngs
-    ) -> None:
-        self.to_q = linear(width, width, use_bias=False, dtype=dtype, rngs=rngs)
-        self.to_k = linear(source_width, width, use_bias=False, dtype=dtype, rngs=rngs)
-        self.to_v = linear(source_width, width, use_bias=False, dtype=dtype, rngs=rngs)
-        self.to_out = linear(width, width, dtype=dtype, rngs=rngs)
-        self.num_heads = num_heads
-
-    def keys_values(self, source: Float[Arr, "B L E"]) -> KeysValues:
-        return self._split(self.to_k(source)), self._split(self.to_v(source))
-
-    def __call__(
-        self,
-        x: Float[Arr, "B N D"],
-        keys_values: KeysValues,
-        mask: Mask = None,
-    ) -> Float[Arr, "B N D"]:
-        out_BNKA = attention(self._split(self.to_q(x)), *keys_values, mask=mask)
-        return self.to_out(rearrange(out_BNKA, "B N K A -> B N (K A)"))
-
-    def _split(self, x: Float[Arr, "B L D"]) -> Float[Arr, "B L K A"]:
-        return rearrange(x, "B L (K A) -> B L K A", K=self.num_heads)
-
-
-class GEGLU(nnx.Module):
-    """A feed-forward layer of four times the width, gated by a GELU (Shazeer 2020, arXiv:2002.05202)."""
-
-    def __init__(self, width: int, dtype: str, rngs: nnx.Rngs) -> None:
-        self.expand = linear(width, 8 * width, dtype=dtype, rngs=rngs)
-        self.contract = linear(4 * width, width, dtype=dtype, rngs=rngs)
-
-    def __call__(self, x: Float[Arr, "B N D"]) -> Float[Arr, "B N D"]:
-        value, gate = jnp.split(self.expand(x), 2, axis=-1)
-        return self.contract(value * nnx.gelu(gate, approximate=False))
-
-
-class TransformerBlock(nnx.Module):
-    """Attention to the image itself, to the text, and a feed-forward layer; diffusers' BasicTransformerBlock."""
-
-    def __init__(
-        self, width: int, text_width: int, num_heads: int, dtype: str, rngs: nnx.Rngs
-    ) -> None:
-        self.norm1, self.norm2, self.norm3 = (
-            nnx.LayerNorm(width, epsilon=EPSILON, dtype=dtype, rngs=rngs) for _ in range(3)
-        )
-        self.attn1 = Attention(width, width, num_heads, dtype, rngs)
-        self.attn2 = Attention(width, text_width, num_heads, dtype, rngs)
-        self.ff = GEGLU(width, dtype, rngs)
-
-    def __call__(self, x: Float[Arr, "B N D"], text: KeysValues, mask: Mask) -> Float[Arr, "B N D"]:
-        h = self.norm1(x)
-        x += self.attn1(h, self.attn1.keys_values(h))
-        x += self.attn2(self.norm2(x), text, mask)
-        return x + self.ff(self.norm3(x))
-
-
-class Transformer(nnx.Module):
-    """`depth` transformer blocks on the pixels of a map; diffusers' Transformer2DModel.
-
-    The last projection starts at zero, so that the whole starts as the identity.
-    """
-
-    def __init__(self, width: int, depth: int, config: UNetConfig, rngs: nnx.Rngs) -> None:
-        dtype, num_heads = config.dtype, config.heads(width)
-
-        def make_block(rngs: nnx.Rngs) -> TransformerBlock:
-            return TransformerBlock(width, config.text_width, num_heads, dtype, rngs)
-
-        self.norm = GroupNorm(width, config.num_groups, TRANSFORMER_EPSILON, dtype=dtype)
-        self.proj_in = linear(width, width, dtype=dtype, rngs=rngs)
-        self.transformer_blocks = Stack(make_block, depth, rngs, config.remat)
-        self.proj_out = linear(width, width, kernel_init=zeros, dtype=dtype, rngs=rngs)
-
-    def prepare(self, tokens: Float[Arr, "B L E"]) -> StackedKeysValues:
-        k, v = self.transformer_blocks.map(lambda block: block.attn2.keys_values(tokens))
-        return jnp.moveaxis(k, 0, 1), jnp.moveaxis(v, 0, 1)
-
-    def __call__(self, x: Map, text: StackedKeysValues, mask: Mask) -> Map:
-        def call(
-            block: TransformerBlock, h: Float[Arr, "B N D"], text: KeysValues
-        ) -> tuple[Float[Arr, "B N D"], None]:
-            return block(h, text, mask), None
-
-        by_layer = tuple(jnp.moveaxis(array, 1, 0) for array in text)
-        h_BND = self.proj_in(rearrange(self.norm(x), "B H W D -> B (H W) D"))
-        h_BND, _ = self.transformer_blocks.scan(call, h_BND, by_layer)
-        return x + self.proj_out(h_BND).reshape(x.shape)
-
-
 class Level(nnx.Module):
-    """Residual blocks of one resolution, each followed by a transformer."""
+    """Residual blocks of one resolution, each followed by attention."""
 
     def __init__(
         self, inputs: list[int], outputs: int, depth: int, config: UNetConfig, rngs: nnx.Rngs
     ) -> None:
         self.resnets = nnx.List([_res_block(width, outputs, config, rngs) for width in inputs])
         self.attentions = nnx.List(
-            [Transformer(outputs, depth, config, rngs) for _ in inputs] if depth else []
+            [_attention(outputs, depth, config, rngs) for _ in inputs] if depth else []
         )
         self.remat = config.remat
 
@@ -156,10 +66,10 @@ class Level(nnx.Module):
         i: int,
         x: Map,
         time: Float[Arr, "B T"],
-        text: Iterator[StackedKeysValues],
+        text: Text,
         mask: Mask,
     ) -> Map:
-        """The i-th residual block and its transformer, which takes the next of `text`."""
+        """The i-th residual block and its attention, which takes the next of `text`."""
         x = rematerialised(self.resnets[i].__call__, self.remat)(x, time)
         return self.attentions[i](x, next(text), mask) if i < len(self.attentions) else x
 
@@ -178,30 +88,25 @@ class DownBlock(Level):
     ) -> None:
         widths = [inputs] + [outputs] * (config.num_res_blocks - 1)
         super().__init__(widths, outputs, depth, config, rngs)
-        samplers = [] if is_last else [Downsample(outputs, (1, 1), dtype=config.dtype, rngs=rngs)]
-        self.downsamplers = nnx.List(samplers)
+        self.downsamplers = nnx.List([] if is_last else [_resampler("down", outputs, config, rngs)])
 
-    def __call__(
-        self, x: Map, time: Float[Arr, "B T"], text: Iterator[StackedKeysValues], mask: Mask
-    ) -> list[Map]:
+    def __call__(self, x: Map, time: Float[Arr, "B T"], text: Text, mask: Mask) -> list[Map]:
         """Every result on the way, which the way up takes back."""
         kept = []
         for i in range(len(self.resnets)):
             kept.append(x := self.layer(i, x, time, text, mask))
-        return kept + [downsample(x) for downsample in self.downsamplers]
+        return kept + [_resampled(downsample, x, time) for downsample in self.downsamplers]
 
 
 class MidBlock(Level):
-    """The middle: a transformer between two residual blocks, or one residual block alone."""
+    """The middle: attention between two residual blocks, or one residual block alone."""
 
     def __init__(self, width: int, config: UNetConfig, rngs: nnx.Rngs) -> None:
         super().__init__([width], width, config.mid_depth, config, rngs)
         if config.mid_depth:
             self.resnets.append(_res_block(width, width, config, rngs))
 
-    def __call__(
-        self, x: Map, time: Float[Arr, "B T"], text: Iterator[StackedKeysValues], mask: Mask
-    ) -> Map:
+    def __call__(self, x: Map, time: Float[Arr, "B T"], text: Text, mask: Mask) -> Map:
         for i in range(len(self.resnets)):
             x = self.layer(i, x, time, text, mask)
         return x
@@ -223,21 +128,20 @@ class UpBlock(Level):
         before = [inputs] + [outputs] * (len(skips) - 1)
         widths = [width + skip for width, skip in zip(before, skips, strict=True)]
         super().__init__(widths, outputs, depth, config, rngs)
-        samplers = [] if is_last else [Upsample(outputs, dtype=config.dtype, rngs=rngs)]
-        self.upsamplers = nnx.List(samplers)
+        self.upsamplers = nnx.List([] if is_last else [_resampler("up", outputs, config, rngs)])
 
     def __call__(
         self,
         x: Map,
         kept: list[Map],
         time: Float[Arr, "B T"],
-        text: Iterator[StackedKeysValues],
+        text: Text,
         mask: Mask,
     ) -> Map:
         for i in range(len(self.resnets)):
             x = self.layer(i, jnp.concatenate([x, kept.pop()], axis=-1), time, text, mask)
         for upsample in self.upsamplers:
-            x = upsample(x)
+            x = _resampled(upsample, x, time)
         return x
 
 
@@ -252,7 +156,10 @@ class UNet(nnx.Module):
         channels, depths, dtype = config.channels, config.transformer_depth, config.dtype
         last = len(channels) - 1
         self.conv_in = conv3x3(config.in_channels, channels[0], dtype=dtype, rngs=rngs)
-        self.time_embedding = TimeEmbedding(channels[0], 4 * channels[0], dtype=dtype, rngs=rngs)
+        self.time_embedding = Embedding(channels[0], config.time_width, dtype=dtype, rngs=rngs)
+        if config.pooled_width:
+            inputs = config.added_width
+            self.add_embedding = Embedding(inputs, config.time_width, dtype=dtype, rngs=rngs)
         self.down_blocks = nnx.List(
             [
                 DownBlock(inputs, outputs, depth, i == last, config, rngs)
@@ -270,18 +177,35 @@ class UNet(nnx.Module):
         self.config = config
 
     def prepare(self, cond: Cond) -> UNetContext:
-        """The keys and values of the text, for all transformers; once per prompt when sampling."""
+        """The keys and values of the text, for all attentions; once per prompt when sampling.
+
+        Raises ValueError where the network is conditioned by `pooled` and `sizes` and `cond` lacks them.
+        """
         levels = [*self.down_blocks, self.mid_block, *self.up_blocks]
         text = tuple(
-            transformer.prepare(cond.tokens) for level in levels for transformer in level.attentions
+            attention.prepare(cond.tokens) for level in levels for attention in level.attentions
         )
-        return UNetContext(text, cond.mask, cond.concat)
+        return UNetContext(text, cond.mask, self._added(cond), cond.concat)
+
+    def _added(self, cond: Cond) -> Float[Arr, "B T"] | None:
+        """SDXL's added conditioning (Podell et al. 2023, arXiv:2307.01952, section 2.2)."""
+        if not self.config.pooled_width:
+            return None
+        if cond.pooled is None or cond.sizes is None:
+            raise ValueError(
+                "this UNet is conditioned by the pooled text and by six sizes (pooled_width is "
+                f"{self.config.pooled_width}); the prompts have no cond.pooled or no cond.sizes"
+            )
+        sizes = sinusoids(cond.sizes.reshape(-1), self.config.size_width)
+        sizes = rearrange(sizes, "(B six) T -> B (six T)", six=6)
+        return self.add_embedding(jnp.concatenate([cond.pooled, sizes], axis=-1))
 
     def __call__(self, x: Latent, told: PerExample, context: UNetContext) -> Latent:
         """`told` is the time as the training schedule tells it, 0...999 for Stable Diffusion; float32 out."""
         if context.concat is not None:
             x = jnp.concatenate([x, context.concat], axis=-1)
-        time = nnx.silu(self.time_embedding(told))
+        time = self.time_embedding(sinusoids(told, self.config.channels[0]))
+        time = nnx.silu(time if context.added is None else time + context.added)
         text, mask = iter(context.text), context.mask
         kept = [self.conv_in(x)]
         for block in self.down_blocks:
@@ -308,13 +232,39 @@ def _up_blocks(config: UNetConfig, rngs: nnx.Rngs) -> list[UpBlock]:
     return blocks
 
 
-def _res_block(inputs: int, outputs: int, config: UNetConfig, rngs: nnx.Rngs) -> ResBlock:
+def _attention(
+    width: int, depth: int, config: UNetConfig, rngs: nnx.Rngs
+) -> Transformer | JointAttention:
+    if config.blocks == DEEPFLOYD:
+        return JointAttention(width, config, rngs)
+    return Transformer(width, depth, config, rngs)
+
+
+def _resampler(
+    way: str, width: int, config: UNetConfig, rngs: nnx.Rngs
+) -> ResBlock | Downsample | Upsample:
+    if config.blocks == DEEPFLOYD:
+        return _res_block(width, width, config, rngs, resample=way)
+    if way == "down":
+        return Downsample(width, (1, 1), dtype=config.dtype, rngs=rngs)
+    return Upsample(width, dtype=config.dtype, rngs=rngs)
+
+
+def _resampled(resampler: nnx.Module, x: Map, time: Float[Arr, "B T"]) -> Map:
+    return resampler(x, time) if isinstance(resampler, ResBlock) else resampler(x)
+
+
+def _res_block(
+    inputs: int, outputs: int, config: UNetConfig, rngs: nnx.Rngs, resample: str = "none"
+) -> ResBlock:
     return ResBlock(
         inputs,
         outputs,
         config.num_groups,
         EPSILON,
-        time_width=4 * config.channels[0],
+        time_width=config.time_width,
+        scale_shift=config.blocks == DEEPFLOYD,
+        resample=resample,
         dtype=config.dtype,
         rngs=rngs,
     )

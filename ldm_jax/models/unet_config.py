@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from ldm_jax.models import names
 
@@ -11,7 +11,6 @@ EPSILON = 1e-5
 # What diffusers lets a config choose and this network has built in.
 FIXED = {
     "act_fn": "silu",
-    "addition_embed_type": None,
     "attention_type": "default",
     "center_input_sample": False,
     "class_embed_type": None,
@@ -30,7 +29,6 @@ FIXED = {
     "only_cross_attention": False,
     "resnet_out_scale_factor": 1.0,
     "resnet_skip_time_act": False,
-    "resnet_time_scale_shift": "default",
     "reverse_transformer_layers_per_block": None,
     "time_cond_proj_dim": None,
     "time_embedding_act_fn": None,
@@ -39,21 +37,57 @@ FIXED = {
     "timestep_post_act": None,
 }
 
+# What follows from the rest, and is compared with it.
+FOLLOWS = (
+    "down_block_types",
+    "mid_block_type",
+    "up_block_types",
+    "resnet_time_scale_shift",
+    "addition_embed_type",
+)
+
+STABLE_DIFFUSION, DEEPFLOYD = "stable_diffusion", "deepfloyd"
+
+
+class Blocks(NamedTuple):
+    """What diffusers calls the blocks of one family."""
+
+    plain: str
+    attending: str
+    middle: str
+    time: str  # how a residual block takes the time
+
+
+BLOCKS = {
+    STABLE_DIFFUSION: Blocks(
+        "DownBlock2D", "CrossAttnDownBlock2D", "UNetMidBlock2DCrossAttn", "default"
+    ),
+    DEEPFLOYD: Blocks(
+        "ResnetDownsampleBlock2D",
+        "SimpleCrossAttnDownBlock2D",
+        "UNetMidBlock2DSimpleCrossAttn",
+        "scale_shift",
+    ),
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class UNetConfig:
     """A UNet by level, from the highest resolution to the lowest; the defaults are Stable Diffusion 2's.
 
-    `transformer_depth` counts the transformer blocks after each residual block of a level, `mid_depth`
-    those in the middle; 0 is no attention. Heads are `head_width` wide; or there are `num_heads` of them
-    at every level, where that is not 0. `sample_size`, the side of the latents, is what diffusers renders
-    by default. `use_linear_projection` says how checkpoints hold the projections around a transformer:
-    as linear layers, or as 1x1 convolutions. `dtype` is that of the computation, `remat` a row of
-    `nn.stack.REMAT` that holds for every residual and every transformer block alone.
+    `blocks` is a row of BLOCKS: Stable Diffusion's, or those of DeepFloyd IF, where the time scales and shifts a
+    residual block, such blocks also halve and double the map, and one attention to the text and the image at once
+    (no feed-forward layer) follows each. `transformer_depth` counts the transformer blocks after each residual
+    block of a level, `mid_depth` those in the middle; 0 is no attention, and IF has at most 1. Heads are
+    `head_width` wide; or there are `num_heads` of them at every level, where that is not 0. `sample_size`, the
+    side of the latents, is what diffusers renders by default. `use_linear_projection` says how checkpoints hold
+    the projections around a transformer: as linear layers, or as 1x1 convolutions. `dtype` is that of the
+    computation, `remat` a row of `nn.stack.REMAT` that holds for every residual and every transformer block alone.
     """
 
     in_channels: int = 4  # channels of the noisy latent, and of what is concatenated to it
     out_channels: int = 4  # channels of the prediction
+    blocks: str = STABLE_DIFFUSION  # stable_diffusion or deepfloyd
     channels: tuple[int, ...] = (320, 640, 1280, 1280)  # width of each level
     num_res_blocks: int = 2  # residual blocks a level; one more on the way up
     transformer_depth: tuple[int, ...] = (
@@ -66,6 +100,10 @@ class UNetConfig:
     head_width: int = 64  # width of an attention head
     num_heads: int = 0  # heads at every level, in place of head_width; 0: as many as fit
     text_width: int = 1024  # width of the text encoder's tokens
+    pooled_width: int = (
+        0  # width of the pooled text that conditions with six sizes (SDXL); 0: neither does
+    )
+    size_width: int = 256  # sinusoids that tell each of the six sizes
     num_groups: int = 32  # of the group norms
     use_linear_projection: bool = (
         True  # how checkpoints hold the projections around a transformer; else as 1x1 convolutions
@@ -75,12 +113,19 @@ class UNetConfig:
     remat: str = "none"  # what is recomputed in the backward pass: none, full, dots
 
     def __post_init__(self) -> None:
+        if self.blocks not in BLOCKS:
+            raise ValueError(f"blocks is {self.blocks!r}; it can be {', '.join(BLOCKS)}")
+        if self.blocks == DEEPFLOYD and max(depth for _, depth in self.depths()) > 1:
+            raise ValueError(
+                f"transformer_depth is {self.transformer_depth}, mid_depth {self.mid_depth}; blocks of {DEEPFLOYD} "
+                "have one attention (1) or none (0)"
+            )
         if len(self.channels) != len(self.transformer_depth):
             raise ValueError(
                 f"channels {self.channels} and transformer_depth {self.transformer_depth} are by level"
                 " and must be of one length"
             )
-        widths = {width for width, depth in self._depths() if depth}
+        widths = {width for width, depth in self.depths() if depth}
         uneven = sorted(width for width in widths if width % (self.num_heads or self.head_width))
         if uneven:
             heads = f"{self.num_heads} heads" if self.num_heads else f"heads of {self.head_width}"
@@ -89,6 +134,26 @@ class UNetConfig:
     def heads(self, width: int) -> int:
         """How many attention heads a level of `width` channels has."""
         return self.num_heads or max(1, width // self.head_width)
+
+    @property
+    def predicted_channels(self) -> int:
+        """Channels of what the network returns."""
+        return self.out_channels
+
+    @property
+    def multiple(self) -> int:
+        """What the rows and columns of latents are multiples of."""
+        return 2 ** (len(self.channels) - 1)
+
+    @property
+    def time_width(self) -> int:
+        """Width of the embedded time."""
+        return 4 * self.channels[0]
+
+    @property
+    def added_width(self) -> int:
+        """Width of what `add_embedding` takes: the pooled text and the sizes."""
+        return self.pooled_width + 6 * self.size_width
 
     @property
     def names(self) -> names.Names:
@@ -106,7 +171,9 @@ class UNetConfig:
         where = "UNet2DConditionModel"
         names.check_fixed(values, FIXED, where)
         channels = tuple(values["block_out_channels"])
-        attends = ["CrossAttn" in block for block in values["down_block_types"]]
+        down = values["down_block_types"]
+        attends = ["CrossAttn" in block for block in down]
+        blocks = DEEPFLOYD if down[0] in BLOCKS[DEEPFLOYD] else STABLE_DIFFUSION
         mid_attends = values.get("mid_block_type", "UNetMidBlock2DCrossAttn").endswith("CrossAttn")
         depths = _by_level(values.get("transformer_layers_per_block", 1), len(channels))
         depth = tuple(d if attend else 0 for d, attend in zip(depths, attends, strict=True))
@@ -114,21 +181,22 @@ class UNetConfig:
         config = cls(
             in_channels=values.get("in_channels", 4),
             out_channels=values.get("out_channels", 4),
+            blocks=blocks,
             channels=channels,
             num_res_blocks=sizes[0],
             transformer_depth=depth,
             mid_depth=depths[-1] if mid_attends else 0,
-            **_heads(values.get("attention_head_dim", 8), channels),
+            **_heads(values.get("attention_head_dim", 8), channels, blocks),
             text_width=values.get("cross_attention_dim", 1280),
+            **_added(values),
             num_groups=values.get("norm_num_groups", 32),
             use_linear_projection=values.get("use_linear_projection", False),
             sample_size=values.get("sample_size") or 64,
             dtype=dtype,
             remat=remat,
         )
-        shape = ("down_block_types", "mid_block_type", "up_block_types")
         written = config.to_diffusers()
-        names.check_fixed(values, {name: written[name] for name in shape}, where)
+        names.check_fixed(values, {name: written[name] for name in FOLLOWS}, where)
         names.check_fixed(
             {"layers_per_block": sizes}, {"layers_per_block": sizes[:1] * len(sizes)}, where
         )
@@ -147,9 +215,11 @@ class UNetConfig:
             )
         if self.mid_depth:
             depths[-1] = self.mid_depth
-        down = [
-            "CrossAttnDownBlock2D" if depth else "DownBlock2D" for depth in self.transformer_depth
-        ]
+        blocks = BLOCKS[self.blocks]
+        down = [blocks.attending if depth else blocks.plain for depth in self.transformer_depth]
+        heads = [self.heads(width) for width in self.channels]
+        if self.blocks == DEEPFLOYD:
+            heads = [width // count for width, count in zip(self.channels, heads, strict=True)]
         return {
             "_class_name": "UNet2DConditionModel",
             **FIXED,
@@ -158,17 +228,28 @@ class UNetConfig:
             "block_out_channels": list(self.channels),
             "layers_per_block": self.num_res_blocks,
             "transformer_layers_per_block": depths,
-            "attention_head_dim": [self.heads(width) for width in self.channels],  # so it is called
+            "attention_head_dim": heads,  # which it is called, but for IF is their number
             "cross_attention_dim": self.text_width,
             "norm_num_groups": self.num_groups,
             "use_linear_projection": self.use_linear_projection,
             "sample_size": self.sample_size,
             "down_block_types": down,
-            "mid_block_type": "UNetMidBlock2DCrossAttn" if self.mid_depth else "UNetMidBlock2D",
+            "mid_block_type": blocks.middle if self.mid_depth else "UNetMidBlock2D",
             "up_block_types": [block.replace("Down", "Up") for block in reversed(down)],
+            "resnet_time_scale_shift": blocks.time,
+            **self._added(),
         }
 
-    def _depths(self) -> list[tuple[int, int]]:
+    def _added(self) -> dict[str, Any]:
+        if not self.pooled_width:
+            return {"addition_embed_type": None, "addition_time_embed_dim": None}
+        return {
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": self.size_width,
+            "projection_class_embeddings_input_dim": self.added_width,
+        }
+
+    def depths(self) -> list[tuple[int, int]]:
         """(channels, transformer depth) of every level, and of the middle."""
         levels = zip(self.channels, self.transformer_depth, strict=True)
         return [*levels, (self.channels[-1], self.mid_depth)]
@@ -178,10 +259,22 @@ def _by_level(value: int | list[int] | tuple[int, ...], levels: int) -> list[int
     return [value] * levels if isinstance(value, int) else list(value)
 
 
-def _heads(counts: int | list[int] | tuple[int, ...], channels: tuple[int, ...]) -> dict[str, int]:
-    """`attention_head_dim`, which by an old mistake of diffusers' holds the number of heads."""
+def _added(values: Mapping[str, Any]) -> dict[str, int]:
+    if values.get("addition_embed_type") != "text_time":
+        return {}
+    size_width = values["addition_time_embed_dim"]
+    together = values["projection_class_embeddings_input_dim"]
+    return {"pooled_width": together - 6 * size_width, "size_width": size_width}
+
+
+def _heads(
+    counts: int | list[int] | tuple[int, ...], channels: tuple[int, ...], blocks: str
+) -> dict[str, int]:
+    """`attention_head_dim`, which by an old mistake of diffusers' holds the number of heads, but not for IF."""
     counts = _by_level(counts, len(channels))
-    if len(set(counts)) == 1:
+    if blocks == DEEPFLOYD:
+        counts = [width // size for width, size in zip(channels, counts, strict=True)]
+    elif len(set(counts)) == 1:
         return {"num_heads": counts[0]}
     widths = {width // count for width, count in zip(channels, counts, strict=True)}
     if len(widths) > 1:

@@ -113,7 +113,7 @@ class _Stored:
     def _add(self, handle: Any, names: Names) -> None:
         for key in handle.keys():  # noqa: SIM118  (not a dict)
             name = current_key(key, names)
-            if name in self.tensors:
+            if name in self.tensors and name not in names.tied:
                 raise ValueError(f"{self.directory} has two tensors for {name}; the other is {key}")
             if name is not None:
                 self.tensors[name] = handle, key

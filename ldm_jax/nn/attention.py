@@ -11,6 +11,7 @@ from ldm_jax.types import Arr
 Q = Float[Array, "B N K A"]
 KV = Float[Array, "B L K A"]
 Mask = Bool[Arr, "B L"] | None
+Bias = Float[Arr, "#B K N L"] | None
 
 
 def attention(
@@ -19,42 +20,48 @@ def attention(
     v: KV,
     *,
     mask: Mask = None,
+    bias: Bias = None,
     causal: bool = False,
+    scale: float | None = None,
     implementation: str = "auto",
 ) -> Q:
-    """softmax(q k^T / sqrt(A)) v for each head; Vaswani et al. (2017), arXiv:1706.03762, equation 1.
+    """softmax(scale q k^T + bias) v for each head; Vaswani et al. (2017), arXiv:1706.03762, equation 1.
 
+    `scale` is positive, and 1 / sqrt(A) unless it is given; `bias` is each example's own, or one for all of them.
     `mask` says which keys may be attended to; `causal` lets query n see the keys up to n only. Scores, their
     maximum and their sum are float32 whatever the dtype of the inputs, which is the dtype of the result.
     `implementation` is a row of IMPLEMENTATIONS, or "auto", which takes the best that the default backend
     has for these inputs. Raises ValueError for another name, and whatever a forced implementation raises
     for inputs that it does not support.
     """
-    name = _best(q, mask) if implementation == "auto" else implementation
+    name = _best(q, mask, bias) if implementation == "auto" else implementation
     if name not in IMPLEMENTATIONS:
         raise ValueError(
             f"attention implementation is {name!r}; it can be auto, {', '.join(IMPLEMENTATIONS)}"
         )
-    return IMPLEMENTATIONS[name](q, k, v, mask, causal)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    return IMPLEMENTATIONS[name](q, k, v, mask, bias, causal, scale)
 
 
-def _best(q: Q, mask: Mask) -> str:
-    """cuDNN refuses float32 and odd head widths, and in training a mask over an odd number of keys."""
+def _best(q: Q, mask: Mask, bias: Bias) -> str:
+    """cuDNN refuses float32 and odd head widths, and in training a mask or a bias over an odd number of keys."""
     half = q.dtype in (jnp.bfloat16, jnp.float16)
-    fits = half and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128 and mask is None
+    fits = half and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128 and mask is None and bias is None
     return "cudnn" if fits and jax.default_backend() == "gpu" else "xla"
 
 
-def _xla(q: Q, k: KV, v: KV, mask: Mask, causal: bool) -> Q:
+def _xla(q: Q, k: KV, v: KV, mask: Mask, bias: Bias, causal: bool, scale: float) -> Q:
     """Heads first and the division last: on CPUs up to three times as fast as jax.nn's, from 256 tokens on."""
     q_BKNA, k_BKLA, v_BKLA = (jnp.moveaxis(x, 2, 1) for x in (q, k, v))
     score_BKNL = jnp.matmul(q_BKNA, k_BKLA.mT, preferred_element_type=jnp.float32)
+    if bias is not None:
+        score_BKNL += bias.astype(jnp.float32) / scale
     score_BKNL = _hide(score_BKNL, mask, causal)
     # The result does not depend on what is subtracted, so neither does its gradient.
     top_BKN1 = jax.lax.stop_gradient(jnp.max(score_BKNL, axis=-1, keepdims=True))
     # Scaled after the subtraction: before it, a fused multiply-subtract leaves the rounding error of `top`
     # in the exponent, which overflows where scores are huge.
-    weight_BKNL = jnp.exp((score_BKNL - top_BKN1) * q.shape[-1] ** -0.5)
+    weight_BKNL = jnp.exp((score_BKNL - top_BKN1) * scale)
     total_BKN1 = jnp.sum(weight_BKNL, axis=-1, keepdims=True)
     out_BKNA = jnp.matmul(weight_BKNL.astype(v.dtype), v_BKLA, preferred_element_type=jnp.float32)
     return jnp.moveaxis((out_BKNA / total_BKN1).astype(q.dtype), 1, 2)
@@ -71,12 +78,17 @@ def _hide(score_BKNL: Float[Array, "B K N L"], mask: Mask, causal: bool) -> Floa
     return score_BKNL
 
 
-def _cudnn(q: Q, k: KV, v: KV, mask: Mask, causal: bool) -> Q:
+def _cudnn(q: Q, k: KV, v: KV, mask: Mask, bias: Bias, causal: bool, scale: float) -> Q:
     if mask is not None:
         mask = jnp.broadcast_to(mask[:, None, None, :], (len(q), 1, q.shape[1], k.shape[1]))
+    if bias is not None:
+        bias = bias.astype(q.dtype)
     return jax.nn.dot_product_attention(
-        q, k, v, mask=mask, is_causal=causal, implementation="cudnn"
+        q, k, v, bias, mask, scale=scale, is_causal=causal, implementation="cudnn"
     )
 
 
-IMPLEMENTATIONS: dict[str, Callable[[Q, KV, KV, Mask, bool], Q]] = {"xla": _xla, "cudnn": _cudnn}
+IMPLEMENTATIONS: dict[str, Callable[[Q, KV, KV, Mask, Bias, bool, float], Q]] = {
+    "xla": _xla,
+    "cudnn": _cudnn,
+}

@@ -1,6 +1,7 @@
 """The convolutional layers that the autoencoder and the UNet share; attributes are named as diffusers names them."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -83,6 +84,19 @@ def conv3x3(
     )
 
 
+def doubled(x: Map) -> Map:
+    """Every pixel four times."""
+    return repeat(x, "B H W C -> B (H h) (W w) C", h=2, w=2)
+
+
+def halved(x: Map) -> Map:
+    """The mean of every four pixels."""
+    return reduce(x, "B (H h) (W w) C -> B H W C", "mean", h=2, w=2)
+
+
+RESAMPLE: dict[str, Callable[[Map], Map]] = {"none": lambda x: x, "down": halved, "up": doubled}
+
+
 class Downsample(nnx.Module):
     """Halves rows and columns by a strided convolution.
 
@@ -105,14 +119,16 @@ class Upsample(nnx.Module):
         self.conv = conv3x3(channels, channels, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Map) -> Map:
-        return self.conv(repeat(x, "B H W C -> B (H h) (W w) C", h=2, w=2))
+        return self.conv(doubled(x))
 
 
 class ResBlock(nnx.Module):
     """Two convolutions around the embedding of the time, if there is one, and a skip connection.
 
     With a time (`time_width`) the second convolution starts at zero, so that the block starts as its skip connection
-    (Ho et al. 2020 and LDM's UNet); LDM's autoencoder, which has no time, starts all convolutions alike.
+    (Ho et al. 2020 and LDM's UNet); LDM's autoencoder, which has no time, starts all convolutions alike. With
+    `scale_shift` the time scales and shifts the second norm (Dhariwal & Nichol 2021, arXiv:2105.05233, section 3)
+    instead of being added before it. `resample`, a row of RESAMPLE, halves or doubles rows and columns on the way.
     """
 
     def __init__(
@@ -123,6 +139,8 @@ class ResBlock(nnx.Module):
         epsilon: float,
         *,
         time_width: int = 0,
+        scale_shift: bool = False,
+        resample: str = "none",
         dtype: str,
         rngs: nnx.Rngs,
     ) -> None:
@@ -130,20 +148,31 @@ class ResBlock(nnx.Module):
         self.norm1 = GroupNorm(inputs, num_groups, epsilon, dtype=dtype)
         self.conv1 = conv3x3(inputs, outputs, dtype=dtype, rngs=rngs)
         if time_width:
-            self.time_emb_proj = linear(time_width, outputs, dtype=dtype, rngs=rngs)
+            told = 2 * outputs if scale_shift else outputs
+            self.time_emb_proj = linear(time_width, told, dtype=dtype, rngs=rngs)
         self.norm2 = GroupNorm(outputs, num_groups, epsilon, dtype=dtype)
         self.conv2 = conv3x3(outputs, outputs, kernel_init=last_init, dtype=dtype, rngs=rngs)
         if inputs != outputs:
             self.conv_shortcut = linear(inputs, outputs, dtype=dtype, rngs=rngs)
-        self.has_shortcut = inputs != outputs
+        self.has_shortcut, self.scale_shift = inputs != outputs, scale_shift
+        self.resample = resample
 
     def __call__(self, x: Map, time: Float[Arr, "B T"] | None = None) -> Map:
         """`time` is the embedded time after its SiLU."""
-        h = self.conv1(nnx.silu(self.norm1(x)))
-        if time is not None:
-            h += self.time_emb_proj(time)[:, None, None]
-        h = self.conv2(nnx.silu(self.norm2(h)))
+        resample = RESAMPLE[self.resample]
+        h = self.conv1(resample(nnx.silu(self.norm1(x))))
+        told = None if time is None else self.time_emb_proj(time)[:, None, None]
+        h = self.conv2(nnx.silu(self._second_norm(h, told)))
+        x = resample(x)
         return h + (self.conv_shortcut(x) if self.has_shortcut else x)
+
+    def _second_norm(self, h: Map, told: Map | None) -> Map:
+        if told is None:
+            return self.norm2(h)
+        if not self.scale_shift:
+            return self.norm2(h + told)
+        scale, shift = jnp.split(told, 2, axis=-1)
+        return self.norm2(h) * (1 + scale) + shift
 
 
 class PixelAttention(nnx.Module):
@@ -163,16 +192,15 @@ class PixelAttention(nnx.Module):
         return x + self.to_out(attention(q, k, v)[:, :, 0]).reshape(x.shape)
 
 
-class TimeEmbedding(nnx.Module):
-    """The time -> a vector, by sinusoids and a layer of two."""
+class Embedding(nnx.Module):
+    """Two linear layers with a SiLU between them; diffusers' TimestepEmbedding."""
 
-    def __init__(self, width: int, outputs: int, *, dtype: str, rngs: nnx.Rngs) -> None:
-        self.linear_1 = linear(width, outputs, dtype=dtype, rngs=rngs)
+    def __init__(self, inputs: int, outputs: int, *, dtype: str, rngs: nnx.Rngs) -> None:
+        self.linear_1 = linear(inputs, outputs, dtype=dtype, rngs=rngs)
         self.linear_2 = linear(outputs, outputs, dtype=dtype, rngs=rngs)
-        self.width = width
 
-    def __call__(self, told: PerExample) -> Float[Arr, "B T"]:
-        return self.linear_2(nnx.silu(self.linear_1(sinusoids(told, self.width))))
+    def __call__(self, x: Float[Arr, "B _"]) -> Float[Arr, "B T"]:
+        return self.linear_2(nnx.silu(self.linear_1(x)))
 
 
 def sinusoids(told: PerExample, width: int) -> Float[Arr, "B {width}"]:

@@ -29,6 +29,9 @@ from ldm_jax.training.state import State
 
 _log = logging.getLogger(__name__)
 _TEMPORARY = ".orbax-checkpoint-tmp"
+# Devices that hold the same array share the work of writing it, in slices of at least so many bytes each: cutting a
+# small one would hold up training for longer than it saves.
+_SLICE = 2**20
 _COMMITTED = "commit_success.txt"  # the last file that Orbax writes, on every file system
 
 
@@ -81,7 +84,9 @@ class Checkpoints:
                 f"The state after {examples} examples has numbers that are not finite and is not "
                 f"saved: {_some(poisoned)}."
             )
-        with self._explained(examples):
+        in_slices = ocp.Context()
+        in_slices.array.saving.min_slice_bytes_for_replica_parallel = _SLICE
+        with self._explained(examples), in_slices:
             self._check_room(sum(leaf.nbytes for leaf in leaves.values()))
             response = ocp.save_async(
                 self._path(examples),

@@ -1,6 +1,5 @@
 """The reader of scenes: what its structure promises, with random weights."""
 
-import dataclasses
 import json
 
 import jax
@@ -39,4 +38,4 @@ def test_an_image_is_read_alone(params):
 
 
 def test_its_config_survives_json():
-    assert ReaderConfig.from_dict(json.loads(json.dumps(dataclasses.asdict(CONFIG)))) == CONFIG
+    assert ReaderConfig.from_dict(json.loads(json.dumps(CONFIG.to_dict()))) == CONFIG

@@ -4,12 +4,16 @@ import shutil
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer as Backend
+from tokenizers import models, pre_tokenizers, trainers
 
 from ldm_jax.models.tokenizer import BOS, EOS, NUM_BASE, Tokenizer, train_tokenizer
 
+T5 = Path(__file__).parent.parent / "goldens" / "t5_tokenizer"
 TEXT = """
 a red green blue small large circle square triangle left right above below the of is striped dotted
 background white yellow purple tiny huge next to it's we'll 42 café naïve Ünï
@@ -57,13 +61,14 @@ def tokenizer(directory):
     return Tokenizer.from_directory(directory)
 
 
-def copied(directory, tmp_path, **special):
+def copied(directory, tmp_path, special=(), config=()):
     """The directory without tokenizer.json, as Stable Diffusion has it, and with other special tokens."""
     path = tmp_path / "copy"
     shutil.copytree(directory, path)
     (path / "tokenizer.json").unlink()
-    names = json.loads((path / "special_tokens_map.json").read_text())
-    (path / "special_tokens_map.json").write_text(json.dumps({**names, **special}))
+    for name, changes in (("special_tokens_map", special), ("tokenizer_config", config)):
+        file = path / f"{name}.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), **dict(changes)}))
     return path
 
 
@@ -72,27 +77,88 @@ def as_stored(token, normalized):
     return {"content": token, **flags}
 
 
-SPECIAL = {
+ADDED = {0: as_stored("!", False), 598: as_stored(BOS, True), 599: as_stored(EOS, False)}
+LAYOUTS = {
     "as trained": {},
-    "SD1.5": {"bos_token": as_stored(BOS, True), "eos_token": as_stored(EOS, True)},
-    "SD2.1": {"bos_token": as_stored(BOS, True), "pad_token": "!"},
+    "SD1.5": {"special": {"bos_token": as_stored(BOS, True), "eos_token": as_stored(EOS, True)}},
+    "SD2.1": {"special": {"bos_token": as_stored(BOS, True), "pad_token": "!"}},
+    "SDXL's second": {"config": {"pad_token": "!", "added_tokens_decoder": ADDED}},
 }
 
 
-@pytest.mark.parametrize("layout", SPECIAL)
+def assert_same(given, theirs, captions):
+    """Ids are those of transformers."""
+    expected = theirs(captions, padding="max_length", truncation=True, return_tensors="np")
+    assert given.max_length == theirs.model_max_length
+    assert (given.pad_id, given.eos_id) == (theirs.pad_token_id, theirs.eos_token_id)
+    np.testing.assert_array_equal(given(captions), expected["input_ids"])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_ids_are_those_of_transformers(directory, tmp_path, layout):
     transformers = pytest.importorskip("transformers")
-    path = copied(directory, tmp_path, **SPECIAL[layout])
+    path = copied(directory, tmp_path, **LAYOUTS[layout])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         theirs = transformers.CLIPTokenizerFast.from_pretrained(path)
         theirs.save_pretrained(tmp_path / "again")
-    expected = theirs(ODD, padding="max_length", truncation=True, return_tensors="np")["input_ids"]
     for place in (path, tmp_path / "again"):
-        given = Tokenizer.from_directory(place)
-        assert given.max_length == theirs.model_max_length
-        assert (given.pad_id, given.eos_id) == (theirs.pad_token_id, theirs.eos_token_id)
-        np.testing.assert_array_equal(given(ODD), expected)
+        assert_same(Tokenizer.from_directory(place), theirs, ODD)
+
+
+def t5_copied(tmp_path, *files):
+    """Some files of T5's committed directory."""
+    for file in files:
+        shutil.copy(T5 / file, tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("pieces", ["tokenizer.json", "spiece.model"])
+def test_ids_and_masks_of_t5_are_those_of_transformers(tmp_path, pieces):
+    with np.load(T5 / "outputs.npz") as file:
+        expected = dict(file)
+    path = t5_copied(tmp_path, pieces, "tokenizer_config.json")
+    tokenizer = Tokenizer.from_directory(path)
+    tokens = tokenizer(expected["captions"].tolist())
+    np.testing.assert_array_equal(tokens, expected["tokens"])
+    # Text that spells the padding's name is hidden with it.
+    spelt = np.array(["<pad>" in caption for caption in expected["captions"]])
+    mask = tokens != tokenizer.pad_id
+    np.testing.assert_array_equal(mask[~spelt], expected["mask"][~spelt])
+
+
+def test_ids_of_a_t5_that_transformers_writes_now_are_the_same(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    backend = Backend(models.Unigram())
+    backend.pre_tokenizer = pre_tokenizers.Metaspace()
+    special = ["<pad>", "</s>", "<unk>"]
+    trainer = trainers.UnigramTrainer(
+        vocab_size=90, special_tokens=special, unk_token="<unk>", show_progress=False
+    )
+    backend.train_from_iterator(captions(), trainer)
+    vocab = [tuple(entry) for entry in json.loads(backend.to_str())["model"]["vocab"]]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs = transformers.T5TokenizerFast(vocab=vocab, model_max_length=16)
+        theirs.save_pretrained(tmp_path)
+    assert_same(Tokenizer.from_directory(tmp_path), theirs, [*ODD, "</s> <pad>", "<extra_id_7>."])
+
+
+def test_t5_pads_with_0_ends_with_its_end_token_and_starts_with_none(tmp_path):
+    """Whether or not a tokenizer_config.json says so."""
+    for pieces in ("spiece.model", "tokenizer.json"):
+        tokenizer = Tokenizer.from_directory(t5_copied(tmp_path, pieces), max_length=120)
+        assert (tokenizer.pad_id, tokenizer.eos_id) == (0, 1)
+        tokens = tokenizer(["", "a red circle", "the " * 200])
+        np.testing.assert_array_equal(np.sum(tokens != 0, axis=-1), [1, 4, 120])
+        np.testing.assert_array_equal(tokens[[0, 1, 2], [0, 3, 119]], [1, 1, 1])
+        assert np.all(tokens[1:, 0] > 2)
+
+
+def test_the_part_that_t5_cuts_off_is_reported():
+    tokenizer = Tokenizer.from_directory(T5)
+    assert tokenizer.truncated("the " * 15) == ""
+    assert tokenizer.truncated("the " * 14 + "red blue") == "blue"
 
 
 def test_transformers_reads_the_trained_directory_whole(directory, tokenizer):
@@ -128,7 +194,7 @@ def test_no_caption_is_out_of_vocabulary_and_all_can_be_read_back(tokenizer):
 
 
 def test_sd21_pads_with_its_own_token(directory, tmp_path):
-    tokenizer = Tokenizer.from_directory(copied(directory, tmp_path, pad_token="!"))
+    tokenizer = Tokenizer.from_directory(copied(directory, tmp_path, special={"pad_token": "!"}))
     assert tokenizer.pad_id == 0 != tokenizer.eos_id
     assert np.all(tokenizer([""])[0, 2:] == 0)
 
@@ -184,7 +250,7 @@ def test_lengths_can_be_chosen_and_no_captions_are_no_rows(directory):
 
 
 def test_incomplete_directories_are_refused_in_one_sentence(directory, tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"merges.txt; there is nothing"):
+    with pytest.raises(FileNotFoundError, match=r"or spiece.model; there is nothing"):
         Tokenizer.from_directory(tmp_path / "absent")
     (tmp_path / "vocab.json").write_text("{}")
     with pytest.raises(FileNotFoundError, match=r"looked for tokenizer.json.*there is vocab.json"):
@@ -193,14 +259,23 @@ def test_incomplete_directories_are_refused_in_one_sentence(directory, tmp_path)
     with pytest.raises(ValueError, match="cannot be read"):
         Tokenizer.from_directory(tmp_path)
     path = copied(directory, tmp_path)
+    special = {"pad_token": "<none>"}
     with pytest.raises(ValueError, match="has no token '<none>'"):
-        Tokenizer.from_directory(copied(directory, tmp_path / "2", pad_token="<none>"))
+        Tokenizer.from_directory(copied(directory, tmp_path / "2", special))
     (path / "tokenizer_config.json").write_text("{}")
     with pytest.raises(ValueError, match="sets no model_max_length"):
         Tokenizer.from_directory(path)
     (path / "tokenizer_config.json").write_text("{")
     with pytest.raises(ValueError, match="is not JSON"):
         Tokenizer.from_directory(path)
+
+
+@pytest.mark.parametrize("content", [b"", b"\x0a\x03\x0a\x01a\x12\x02\x18\x02", b"\x0a\x7fgarbage"])
+def test_pieces_of_another_kind_are_refused(tmp_path, content):
+    """An empty file, one piece of a model that merges byte pairs, and a file that is something else."""
+    (tmp_path / "spiece.model").write_bytes(content)
+    with pytest.raises(ValueError, match="cannot be read"):
+        Tokenizer.from_directory(tmp_path, max_length=8)
 
 
 def test_bad_arguments_are_refused(tokenizer, tmp_path):

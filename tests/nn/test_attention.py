@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,29 +15,49 @@ def draw(num_queries=5, num_keys=7, dtype=jnp.float32):
     return [jnp.asarray(rng.normal(0, 3, shape), dtype) for shape in shapes]
 
 
-def softmax_attention(q, k, v, seen):
-    """The formula in float64; `seen` is [B, N, L]."""
+def softmax_attention(q, k, v, seen, bias=0.0, scale=8**-0.5):
+    """The formula in float64; `seen` is [B, N, L], and heads are 8 wide."""
     q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
-    score = np.einsum("BNKA,BLKA->BKNL", q, k) / np.sqrt(q.shape[-1])
+    score = np.einsum("BNKA,BLKA->BKNL", q, k) * scale + bias
     weight = np.exp(score - score.max(-1, keepdims=True)) * seen[:, None]
     return np.einsum("BKNL,BLKA->BNKA", weight / weight.sum(-1, keepdims=True), v)
 
 
 MASK = np.array([[1, 1, 1, 0, 0, 0, 0], [1, 0, 1, 1, 0, 1, 1]], bool)
-SEEN = {
-    "everything": ({}, np.ones((2, 5, 7))),
-    "masked": ({"mask": MASK}, np.broadcast_to(MASK[:, None], (2, 5, 7))),
-    "causal": ({"causal": True}, np.broadcast_to(np.tri(5, 7), (2, 5, 7))),
-    "both": ({"mask": MASK, "causal": True}, np.tri(5, 7)[None] * MASK[:, None]),
+BIAS = np.random.default_rng(1).normal(0, 3, (2, 3, 5, 7)).astype(np.float32)
+ALL, MASKED = np.ones((2, 5, 7)), np.broadcast_to(MASK[:, None], (2, 5, 7))
+# What is seen, and everything that changes the scores.
+CASES = {
+    "everything": (ALL, {}, {}),
+    "masked": (MASKED, {"mask": MASK}, {}),
+    "causal": (np.broadcast_to(np.tri(5, 7), (2, 5, 7)), {"causal": True}, {}),
+    "both": (np.tri(5, 7)[None] * MASKED, {"mask": MASK, "causal": True}, {}),
+    "one bias": (MASKED, {"mask": MASK}, {"bias": BIAS[:1], "scale": 1.0}),
+    "a bias each": (np.tri(5, 7)[None] * ALL, {"causal": True}, {"bias": BIAS}),
+    "scaled": (ALL, {}, {"scale": 0.1}),
 }
 
 
-@pytest.mark.parametrize("case", SEEN)
+@pytest.mark.parametrize("case", CASES)
 def test_attention_is_the_formula(case):
-    options, seen = SEEN[case]
+    seen, hidden, changed = CASES[case]
     q, k, v = draw()
-    given = jax.jit(lambda q, k, v: attention(q, k, v, **options))(q, k, v)
-    np.testing.assert_allclose(given, softmax_attention(q, k, v, seen), rtol=1e-5, atol=1e-5)
+    given = jax.jit(lambda q, k, v: attention(q, k, v, **hidden, **changed))(q, k, v)
+    expected = softmax_attention(q, k, v, seen, **changed)
+    np.testing.assert_allclose(given, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_cudnn_is_asked_for_the_same(case, monkeypatch):
+    """jax.nn's own implementation stands in for the one that needs a GPU; both take the same arguments."""
+    theirs = jax.nn.dot_product_attention
+    on_cpu = lambda *args, **options: theirs(*args, **{**options, "implementation": "xla"})  # noqa: E731
+    monkeypatch.setattr(jax.nn, "dot_product_attention", on_cpu)
+    seen, hidden, changed = CASES[case]
+    q, k, v = draw()
+    given = attention(q, k, v, **hidden, **changed, implementation="cudnn")
+    expected = softmax_attention(q, k, v, seen, **changed)
+    np.testing.assert_allclose(given, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
@@ -56,21 +78,22 @@ def test_huge_scores_pick_one_key():
     np.testing.assert_allclose(given, softmax_attention(1e4 * q, 1e4 * k, v, np.ones((2, 5, 7))))
 
 
-@pytest.mark.parametrize("case", SEEN)
+@pytest.mark.parametrize("case", CASES)
 def test_gradients_are_those_of_another_implementation(case):
-    q, k, v = draw()
-    options, seen = SEEN[case]
+    seen, hidden, changed = CASES[case]
+    learned = {"bias": jnp.asarray(changed["bias"])} if "bias" in changed else {}
+    fixed = {name: value for name, value in changed.items() if name != "bias"}
 
     def gradient(attend, **options):
-        def loss(q, k, v):
-            return jnp.sum(jnp.sin(attend(q, k, v, **options)))
+        def loss(learned, q, k, v):
+            return jnp.sum(jnp.sin(attend(q, k, v, **learned, **options, **fixed)))
 
-        return jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(q, k, v)
+        return jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3)))(learned, *draw())
 
-    given = gradient(attention, **options)
+    given = gradient(attention, **hidden)
     expected = gradient(jax.nn.dot_product_attention, mask=jnp.asarray(seen, bool)[:, None])
-    for ours, theirs in zip(given, expected, strict=True):
-        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5)
+    jax.tree.map(close, given, expected)
 
 
 def test_a_row_with_nothing_to_see_is_finite():
@@ -95,6 +118,7 @@ def test_auto_takes_cudnn_only_where_it_can_run(monkeypatch):
     assert taken(*full, implementation="cudnn")
     assert not taken(*half, implementation="xla")
     assert not taken(*half, mask=MASK)
+    assert not taken(*half, bias=BIAS)
     assert not taken(*full)
     assert not taken(*(x[..., :7] for x in half))
 

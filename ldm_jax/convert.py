@@ -1,0 +1,176 @@
+"""A pipeline in diffusers' layout, from a run, or from another such directory.
+
+    python -m ldm_jax.convert --from=runs/demo --to=pipelines/demo
+    python -m ldm_jax.convert --from=/data/stable-diffusion-2-1 --to=/data/sd21-half --dtype=float16
+
+From a run comes its newest checkpoint's backbone, with the frozen models that it was trained with and its schedule:
+what `StableDiffusionPipeline.from_pretrained` opens (`StableDiffusionXLPipeline`, `PixArtAlphaPipeline`). From a
+pipeline's directory every network is read, checked, and written anew as one file in full or half precision; tokenizers,
+the scheduler and whatever else is there are copied.
+"""
+
+import argparse
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from ldm_jax import build
+from ldm_jax.config import WEIGHTS, RunConfig
+from ldm_jax.configuration import CONFIG_FILE, from_json
+from ldm_jax.flags import run_command
+from ldm_jax.models import Backbone, scheduler, weights
+from ldm_jax.models.clip import CLIPTextConfig
+from ldm_jax.models.networks import described
+from ldm_jax.models.pixart_config import PixArtConfig
+from ldm_jax.models.t5 import T5Config
+from ldm_jax.models.text import Text
+from ldm_jax.models.unet_config import UNetConfig
+from ldm_jax.nn.functional import functional
+
+INDEX = "model_index.json"
+FROZEN = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+NETWORKS = ("unet", "transformer", "vae", "text_encoder", "text_encoder_2")
+UNET = ["diffusers", "UNet2DConditionModel"]
+CLIP_TEXT, CLIP_TOKENIZER = ["transformers", "CLIPTextModel"], ["transformers", "CLIPTokenizer"]
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags of this command."""
+    text = "directory of a run, or of a pipeline with a model_index.json"
+    parser.add_argument("--from", dest="source", type=Path, required=True, help=text)
+    text = "directory of the pipeline, which there must not be yet"
+    parser.add_argument("--to", type=Path, required=True, help=text)
+    text = "of the written weights (default float32)"
+    parser.add_argument("--dtype", choices=weights.DTYPES, default="float32", help=text)
+    text = "which parameters of a run: the average or the trained ones (default: as eval.weights of the run)"
+    parser.add_argument("--weights", choices=WEIGHTS, help=text)
+
+
+def main(flags: argparse.Namespace) -> None:
+    """Writes the pipeline beside its place, and moves it there once it is whole."""
+    if flags.to.exists():
+        raise ValueError(f"--to={flags.to} exists; give a directory that there is not yet")
+    unfinished = flags.to.with_name(flags.to.name + ".unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    if (flags.source / CONFIG_FILE).is_file() and not (flags.source / INDEX).is_file():
+        from_run(flags.source, unfinished, flags.dtype, flags.weights)
+    else:
+        from_pipeline(flags.source, unfinished, flags.dtype)
+    unfinished.rename(flags.to)
+    print(f"{flags.to}: {', '.join(sorted(path.name for path in flags.to.iterdir()))}")
+
+
+def from_pipeline(source: Path, to: Path, dtype: str) -> None:
+    """Every network of a pipeline read and written; all else copied.
+
+    Raises:
+      FileNotFoundError, ValueError: no pipeline, or a network in it that cannot be read whole.
+    """
+    if not (source / INDEX).is_file():
+        raise FileNotFoundError(
+            f"--from={source} is neither a run ({CONFIG_FILE}) nor a pipeline ({INDEX})"
+        )
+    for path in sorted(source.iterdir()):
+        if path.is_file():
+            shutil.copy(path, to)
+        else:
+            copy(path, to / path.name, dtype)
+
+
+def copy(source: Path, to: Path, dtype: str) -> None:
+    """One part of a pipeline: a network is read into this library's form and written from it."""
+    if source.name not in NETWORKS:
+        shutil.copytree(source, to)
+        return
+    kind, config = described(source)
+    init, _ = functional(lambda rngs: kind.module(config, rngs))
+    like = jax.eval_shape(init, jax.random.key(0))
+    params = weights.load(source, like, kind.names(config))
+    weights.save(to, params, kind.names(config), kind.write(config), dtype=dtype)
+
+
+def from_run(workdir: Path, to: Path, dtype: str, which: str | None) -> None:
+    """The backbone of the newest checkpoint, the frozen models beside it, and the scheduler.
+
+    Raises:
+      FileNotFoundError: there is no checkpoint.
+      ValueError: diffusers has no such pipeline, or no scheduler for the run's schedule.
+    """
+    config = from_json((workdir / CONFIG_FILE).read_text(), RunConfig)
+    if which:
+        config = dataclasses.replace(config, eval=dataclasses.replace(config.eval, weights=which))
+    mesh = build.mesh_of(config)
+    pretrained = build.load_pretrained(config, mesh)
+    backbone = config.backbone
+    index = model_index(backbone, pretrained.text)
+    steps = scheduler.to_diffusers(config.schedule, config.prediction, config.sampling.spacing)
+    network = build.make_backbone(config, pretrained)
+    _, params = build.load_weights(config, workdir, network, pretrained, mesh)
+    name = "unet" if isinstance(backbone, UNetConfig) else "transformer"
+    weights.save(to / name, params, backbone.names, backbone.to_diffusers(), dtype=dtype)
+    directory = build.pretrained_directory(config)
+    for part in filter(Path.is_dir, (directory / name for name in FROZEN)):
+        copy(part, to / part.name, dtype)
+    write_json(to / "scheduler" / "scheduler_config.json", steps)
+    write_json(to / INDEX, index)
+
+
+def model_index(backbone: Backbone, text: Text) -> dict[str, Any]:
+    """What `model_index.json` holds: the pipeline's class, and the class of each of its parts.
+
+    Raises:
+      ValueError: diffusers has no pipeline of these.
+    """
+    parts = {"vae": ["diffusers", "AutoencoderKL"], "scheduler": ["diffusers", "DDIMScheduler"]}
+    clip = {"text_encoder": CLIP_TEXT, "tokenizer": CLIP_TOKENIZER}
+    match backbone, text.configs:
+        case UNetConfig(pooled_width=0), (CLIPTextConfig(),):
+            return {
+                "_class_name": "StableDiffusionPipeline",
+                "unet": UNET,
+                **parts,
+                **clip,
+                **absent("safety_checker", "feature_extractor", "image_encoder"),
+                "requires_safety_checker": False,
+            }
+        case UNetConfig(), (CLIPTextConfig(), CLIPTextConfig()):
+            return {
+                "_class_name": "StableDiffusionXLPipeline",
+                "unet": UNET,
+                **parts,
+                **clip,
+                "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
+                "tokenizer_2": CLIP_TOKENIZER,
+                **absent("feature_extractor", "image_encoder"),
+                "force_zeros_for_empty_prompt": False,
+            }
+        case PixArtConfig(), (T5Config(),):
+            return {
+                "_class_name": "PixArtAlphaPipeline",
+                "transformer": ["diffusers", "PixArtTransformer2DModel"],
+                **parts,
+                "text_encoder": ["transformers", "T5EncoderModel"],
+                "tokenizer": ["transformers", "T5Tokenizer"],
+            }
+    encoders = " and ".join(type(config).__name__ for config in text.configs)
+    raise ValueError(f"diffusers has no pipeline of a {type(backbone).__name__} and {encoders}")
+
+
+def absent(*parts: str) -> dict[str, Any]:
+    """How an index says that a pipeline has no such part."""
+    return {part: [None, None] for part in parts}
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Writes `content`, and the directory that it is in."""
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(content, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    run_command(main, description=__doc__, add_flags=add_flags, in_workdir=False)

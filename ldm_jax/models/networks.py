@@ -1,0 +1,83 @@
+"""The networks that a directory may hold, by the class that its config.json names."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ldm_jax.models import names, weights
+from ldm_jax.models.clip import CLIP, CLIPConfig, CLIPText, CLIPTextConfig
+from ldm_jax.models.kl import AutoencoderKL, KLConfig
+from ldm_jax.models.names import Names
+from ldm_jax.models.pixart import PixArt
+from ldm_jax.models.pixart_config import PixArtConfig
+from ldm_jax.models.reader import Reader, ReaderConfig
+from ldm_jax.models.t5 import T5Config, T5Encoder
+from ldm_jax.models.unet import UNet
+from ldm_jax.models.unet_config import UNetConfig
+from ldm_jax.models.uvit import UViT
+from ldm_jax.models.uvit_config import UViTConfig
+
+
+class Kind(NamedTuple):
+    """A network's config and module, how its config.json is read and written, and its checkpoints' names."""
+
+    config: type
+    module: type
+    read: Callable[[Mapping[str, Any]], Any]
+    write: Callable[[Any], dict[str, Any]]
+    names: Callable[[Any], Names]
+
+
+def _own(config: Any) -> Names:
+    return config.names
+
+
+_CLIP_TEXT = Kind(
+    CLIPTextConfig,
+    CLIPText,
+    CLIPTextConfig.from_transformers,
+    CLIPTextConfig.to_transformers,
+    lambda _: names.CLIP_TEXT,
+)
+_T5 = Kind(T5Config, T5Encoder, T5Config.from_transformers, T5Config.to_transformers, _own)
+
+KINDS = {
+    "AutoencoderKL": Kind(
+        KLConfig, AutoencoderKL, KLConfig.from_diffusers, KLConfig.to_diffusers, _own
+    ),
+    "UNet2DConditionModel": Kind(
+        UNetConfig, UNet, UNetConfig.from_diffusers, UNetConfig.to_diffusers, _own
+    ),
+    "PixArtTransformer2DModel": Kind(
+        PixArtConfig, PixArt, PixArtConfig.from_diffusers, PixArtConfig.to_diffusers, _own
+    ),
+    "UViT": Kind(UViTConfig, UViT, UViTConfig.from_dict, UViTConfig.to_dict, _own),
+    "CLIPTextModel": _CLIP_TEXT,
+    "CLIPTextModelWithProjection": _CLIP_TEXT,
+    "CLIPModel": Kind(
+        CLIPConfig,
+        CLIP,
+        CLIPConfig.from_transformers,
+        CLIPConfig.to_transformers,
+        lambda _: names.CLIP,
+    ),
+    "T5EncoderModel": _T5,
+    "T5ForConditionalGeneration": _T5,
+    "Reader": Kind(
+        ReaderConfig, Reader, ReaderConfig.from_dict, ReaderConfig.to_dict, lambda _: Names()
+    ),
+}
+MODULES = {kind.config: kind.module for kind in KINDS.values()}
+
+
+def described(directory: Path) -> tuple[Kind, Any]:
+    """The kind of network that a directory holds, and its config.
+
+    Raises FileNotFoundError without a config.json, ValueError for a class that there is not, or a choice in its
+    config that the network here does not have.
+    """
+    values = weights.read_config(directory)
+    name = values.get("_class_name") or (values.get("architectures") or ["nothing"])[0]
+    if name not in KINDS:
+        raise ValueError(f"{directory} holds {name}; it can be {', '.join(KINDS)}")
+    return KINDS[name], KINDS[name].read(values)

@@ -1,0 +1,138 @@
+"""What a PixArt transformer is made of, and how diffusers says the same."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from ldm_jax.models import names
+
+EPSILON = 1e-6
+SINUSOIDS = 256  # of the time, and of each number that tells the size
+
+# What diffusers lets a config choose and this network has built in.
+FIXED = {
+    "activation_fn": "gelu-approximate",
+    "attention_bias": True,
+    "attention_type": "default",
+    "dropout": 0.0,
+    "norm_elementwise_affine": False,
+    "norm_eps": EPSILON,
+    "norm_type": "ada_norm_single",
+    "upcast_attention": False,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class PixArtConfig:
+    """A PixArt transformer; the defaults are those of PixArt-alpha's XL/2 at 512 pixels.
+
+    The released networks predict the noise and, in as many further channels, its variance, which a sampler
+    does not use: `out_channels` counts both, the network returns the first `in_channels` of them.
+
+    Raises ValueError for sizes that do not fit each other.
+    """
+
+    in_channels: int = 4  # channels of the noisy latent, and of the prediction that is returned
+    out_channels: int = 8  # channels of the last projection; those after in_channels are not used
+    width: int = 1152  # width of the tokens
+    depth: int = 28  # transformer blocks
+    num_heads: int = 16  # attention heads of each block
+    patch_size: int = 2  # rows and columns of the latent that make one token
+    text_width: int = 4096  # width of the text encoder's tokens
+    caption_mlp: bool = True  # two layers from the text to the width; else text_width is the width
+    sample_size: int = 64  # side of the latents; positions in others are spread over the same range
+    interpolation_scale: float = 0.0  # divides positions; 0: sample_size // 64, at least 1
+    size_conditioning: bool = False  # the network is told height and width, as at 1024 pixels
+    dtype: str = "float32"  # of the computation; train.precision sets it
+    remat: str = "none"  # what is recomputed in the backward pass: none, full, dots
+
+    def __post_init__(self) -> None:
+        parts = {"heads": self.num_heads, "sines and cosines of rows and columns": 4}
+        if self.size_conditioning:
+            parts["embeddings of height, width and aspect ratio"] = 3
+        for name, count in parts.items():
+            if self.width % count:
+                raise ValueError(f"width {self.width} cannot be divided into {count} {name}")
+        if not self.caption_mlp and self.text_width != self.width:
+            raise ValueError(
+                f"without a caption_mlp text_width must be the width, {self.width}; it is {self.text_width}"
+            )
+        if self.out_channels < self.in_channels:
+            raise ValueError(
+                f"out_channels {self.out_channels} must not be less than in_channels {self.in_channels}"
+            )
+
+    @property
+    def predicted_channels(self) -> int:
+        """Channels of what the network returns."""
+        return self.in_channels
+
+    @property
+    def pooled_width(self) -> int:
+        """The pooled text does not condition it."""
+        return 0
+
+    @property
+    def multiple(self) -> int:
+        """What the rows and columns of latents are multiples of."""
+        return self.patch_size
+
+    @property
+    def names(self) -> names.Names:
+        """How checkpoints name the parameters."""
+        return names.PIXART
+
+    @property
+    def base(self) -> float:
+        """The position, of rows and of columns alike, at which every grid of patches ends."""
+        scale = self.interpolation_scale or max(self.sample_size // 64, 1)
+        return self.sample_size // self.patch_size / scale
+
+    @classmethod
+    def from_diffusers(
+        cls, values: Mapping[str, Any], dtype: str = "float32", remat: str = "none"
+    ) -> "PixArtConfig":
+        """From the content of a `config.json` of diffusers' PixArtTransformer2DModel.
+
+        Raises ValueError where it asks for something that this network does not have.
+        """
+        in_channels, sample_size = values.get("in_channels", 4), values.get("sample_size", 128)
+        num_heads = values.get("num_attention_heads", 16)
+        width = num_heads * values.get("attention_head_dim", 72)
+        text_width = values.get("caption_channels")
+        told_sizes = values.get("use_additional_conditions")
+        fixed = {**FIXED, "cross_attention_dim": width}
+        names.check_fixed(values, fixed, "PixArtTransformer2DModel")
+        return cls(
+            in_channels=in_channels,
+            out_channels=values.get("out_channels", 8) or in_channels,
+            width=width,
+            depth=values.get("num_layers", 28),
+            num_heads=num_heads,
+            patch_size=values.get("patch_size", 2),
+            text_width=text_width or width,
+            caption_mlp=text_width is not None,
+            sample_size=sample_size,
+            interpolation_scale=float(values.get("interpolation_scale") or 0),
+            size_conditioning=sample_size == 128 if told_sizes is None else told_sizes,
+            dtype=dtype,
+            remat=remat,
+        )
+
+    def to_diffusers(self) -> dict[str, Any]:
+        """The content of the `config.json` that diffusers' PixArtTransformer2DModel reads."""
+        return {
+            "_class_name": "PixArtTransformer2DModel",
+            **FIXED,
+            "in_channels": self.in_channels,
+            "out_channels": self.out_channels,
+            "num_attention_heads": self.num_heads,
+            "attention_head_dim": self.width // self.num_heads,
+            "cross_attention_dim": self.width,
+            "num_layers": self.depth,
+            "patch_size": self.patch_size,
+            "caption_channels": self.text_width if self.caption_mlp else None,
+            "sample_size": self.sample_size,
+            "interpolation_scale": self.interpolation_scale or None,
+            "use_additional_conditions": self.size_conditioning,
+        }

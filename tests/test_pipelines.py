@@ -1,0 +1,182 @@
+"""Pretrained directories of every kind, through a run and out again, against diffusers' own pipelines.
+
+The autoencoder and CLIP's tokenizer are the embedded ones; text encoders are drawn at random.
+"""
+
+import dataclasses
+import shutil
+import warnings
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import runs
+from PIL import Image
+from safetensors.numpy import load_file
+
+from ldm_jax import build, convert, encode, sample, train
+from ldm_jax.diffusion import initial_noise
+from ldm_jax.flags import parse
+from ldm_jax.models import weights
+from ldm_jax.models.clip import CLIPTextConfig
+from ldm_jax.models.networks import KINDS
+from ldm_jax.models.pixart_config import PixArtConfig
+from ldm_jax.models.t5 import T5Config
+from ldm_jax.models.uvit_config import UViTConfig
+from ldm_jax.nn.functional import functional
+
+T5_TOKENIZER = Path(__file__).parent / "goldens" / "t5_tokenizer"
+ASSETS = build.pretrained_directory(runs.TINY)
+PROMPT = "a red circle"
+CLIP = CLIPTextConfig(
+    hidden_size=32,
+    intermediate_size=64,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    vocab_size=662,
+    max_position_embeddings=64,
+    eos_token_id=661,
+    bos_token_id=660,
+    pad_token_id=661,
+)
+TEXT = {
+    "sd2.1": [CLIP],
+    "sdxl": [CLIP, dataclasses.replace(CLIP, hidden_act="gelu", projection_dim=24)],
+    "pixart": [T5Config(vocab_size=256, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4)],
+}
+BACKBONES = {
+    "sd2.1": dataclasses.replace(runs.TINY.backbone, text_width=32),
+    "sdxl": dataclasses.replace(runs.TINY.backbone, text_width=64, pooled_width=24, size_width=8),
+    "pixart": PixArtConfig(
+        width=24, depth=2, num_heads=2, text_width=32, sample_size=128, size_conditioning=True
+    ),
+}
+PIPELINES = {
+    "sd2.1": "StableDiffusionPipeline",
+    "sdxl": "StableDiffusionXLPipeline",
+    "pixart": "PixArtAlphaPipeline",
+}
+
+
+def save_text_encoder(directory, config, number):
+    (kind,) = {kind for kind in KINDS.values() if kind.config is type(config)}
+    init, _ = functional(lambda rngs: kind.module(config, rngs))
+    params = jax.jit(init)(jax.random.key(number))
+    suffix = "_2" if number else ""
+    path = directory / f"text_encoder{suffix}"
+    weights.save(path, params, kind.names(config), kind.write(config))
+    tokenizer = T5_TOKENIZER if isinstance(config, T5Config) else ASSETS / "tokenizer"
+    shutil.copytree(tokenizer, directory / f"tokenizer{suffix}")
+
+
+def config_of(name, directory, **changes):
+    """A run with a directory of this kind beside it."""
+    if not directory.exists():
+        shutil.copytree(ASSETS / "vae", directory / "vae")
+        for number, config in enumerate(TEXT[name]):
+            save_text_encoder(directory, config, number)
+    train = dataclasses.replace(runs.TINY.train, examples=8, save_every=8, log_every=8, ema=0.0)
+    fields = {
+        "pretrained": str(directory),
+        "backbone": BACKBONES[name],
+        "data": dataclasses.replace(runs.TINY.data, source="scenes:simple?count=8"),
+        "train": train,
+        "optimizer": dataclasses.replace(runs.TINY.optimizer, learning_rate=0.1),
+        "eval": dataclasses.replace(runs.TINY.eval, prompts="captions:8", validation=0),
+    }
+    return dataclasses.replace(runs.TINY, **fields | changes)
+
+
+def converted(source, to):
+    convert.main(
+        parse([f"--from={source}", f"--to={to}"], add_flags=convert.add_flags, in_workdir=False)
+    )
+
+
+def drawn_by_diffusers(pipeline, config, noise):
+    """Their image, rounded, of the prompt from this noise."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch, diffusers = pytest.importorskip("torch"), pytest.importorskip("diffusers")
+        theirs = getattr(diffusers, PIPELINES[pipeline.name]).from_pretrained(pipeline)
+        theirs.set_progress_bar_config(disable=True)
+        extra = {"use_resolution_binning": False} if pipeline.name == "pixart" else {}
+        (image,) = theirs(
+            PROMPT,
+            height=64,
+            width=64,
+            num_inference_steps=config.sampling.steps,
+            guidance_scale=config.sampling.guidance,
+            latents=torch.from_numpy(np.moveaxis(noise, -1, 1).copy()),
+            output_type="np",
+            **extra,
+        ).images
+    return np.round(image * 255).astype(int)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PIPELINES)
+def test_a_run_with_such_a_directory_becomes_a_pipeline_that_draws_the_same_image(tmp_path, name):
+    config, workdir = config_of(name, tmp_path / "pretrained"), tmp_path / "run"
+    runs.run(encode, workdir, runs.given(tmp_path, config))
+    runs.run(train, workdir)
+    runs.run(sample, workdir, f"--prompt={PROMPT}", add_flags=sample.add_flags)
+    with Image.open(workdir / "images" / "00000-00.png") as image:
+        ours = np.asarray(image).astype(int)
+    converted(workdir, tmp_path / name)
+    key = jax.random.fold_in(jax.random.fold_in(build.key(config, "sample"), 0), 0)
+    noise = np.asarray(initial_noise(key[None], (8, 8, 4)))
+    theirs = drawn_by_diffusers(tmp_path / name, config, noise)
+    assert np.std(ours) > 5
+    assert np.abs(ours - theirs).max() <= 2
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_tensors_of_a_pipeline_come_out_bit_for_bit(tmp_path, dtype):
+    source = tmp_path / "sdxl"
+    config_of("sdxl", source)
+    (source / convert.INDEX).write_text("{}")
+    converted(source, tmp_path / "first")
+    half = [f"--from={tmp_path / 'first'}", f"--to={tmp_path / 'second'}", f"--dtype={dtype}"]
+    convert.main(parse(half, add_flags=convert.add_flags, in_workdir=False))
+    for path in source.rglob("*.safetensors"):
+        before, after = load_file(path), load_file(tmp_path / "second" / path.relative_to(source))
+        assert before.keys() == after.keys()
+        for key, tensor in before.items():
+            assert after[key].dtype == dtype
+            np.testing.assert_array_equal(tensor.astype(dtype), after[key])
+    for path in ("tokenizer/merges.txt", "tokenizer_2/vocab.json", convert.INDEX):
+        assert (tmp_path / "second" / path).read_bytes() == (source / path).read_bytes()
+
+
+def test_what_cannot_be_converted_is_said_and_leaves_nothing(tmp_path):
+    with pytest.raises(FileNotFoundError, match="is neither a run"):
+        converted(tmp_path / "nothing", tmp_path / "to")
+    assert not (tmp_path / "to").exists()
+    (tmp_path / "to").mkdir()
+    with pytest.raises(ValueError, match="exists; give a directory that there is not yet"):
+        converted(tmp_path, tmp_path / "to")
+
+
+def test_a_pipeline_that_diffusers_does_not_have_is_said():
+    config = dataclasses.replace(runs.TINY, backbone=UViTConfig(text_width=64))
+    text = build.load_pretrained(config, build.mesh_of(config)).text
+    with pytest.raises(ValueError, match="no pipeline of a UViTConfig and CLIPTextConfig"):
+        convert.model_index(config.backbone, text)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "sentence"),
+    [
+        ("sdxl", {"text_width": 32}, "text_width is 32, and the pretrained models have 64"),
+        ("sdxl", {"pooled_width": 8}, "pooled_width is 8, and the pretrained models have 24"),
+        ("pixart", {"in_channels": 2}, "in_channels is 2, and the pretrained models have 4"),
+    ],
+)
+def test_a_backbone_that_does_not_fit_the_directory_is_refused(tmp_path, name, changes, sentence):
+    backbone = dataclasses.replace(BACKBONES[name], **changes)
+    config = config_of(name, tmp_path / "pretrained", backbone=backbone)
+    pretrained = build.load_pretrained(config, build.mesh_of(config))
+    with pytest.raises(ValueError, match=sentence):
+        build.make_backbone(config, pretrained)
