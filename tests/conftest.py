@@ -13,8 +13,9 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_CACHE))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 if "device_count" not in os.environ.get("XLA_FLAGS", ""):
     _FLAGS = os.environ.get("XLA_FLAGS", "")
-    # Tests compile much and compute little: full effort of the backend is not worth its time.
-    _FLAGS += " --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=1"
+    # Tests compile much and compute little: effort of the backend is not worth its time.
+    _FLAGS += " --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+    _FLAGS += " --xla_llvm_disable_expensive_passes=true"
     os.environ["XLA_FLAGS"] = _FLAGS.strip()
 
 

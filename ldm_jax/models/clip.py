@@ -17,7 +17,7 @@ from jaxtyping import Array, Float
 
 from ldm_jax.models.names import check_fixed
 from ldm_jax.nn.attention import attention
-from ldm_jax.nn.layers import linear
+from ldm_jax.nn.layers import from_heads, into_heads, linear
 from ldm_jax.nn.stack import Stack
 from ldm_jax.types import Images, Tokens
 
@@ -193,10 +193,10 @@ class Attention(nnx.Module):
 
     def __call__(self, x_BLD: Float[Array, "B L D"], causal: bool) -> Float[Array, "B L D"]:
         q, k, v = (
-            rearrange(project(x_BLD), "B L (K A) -> B L K A", K=self.num_heads)
-            for project in (self.q_proj, self.k_proj, self.v_proj)
+            into_heads(layer, x_BLD, self.num_heads)
+            for layer in (self.q_proj, self.k_proj, self.v_proj)
         )
-        return self.out_proj(rearrange(attention(q, k, v, causal=causal), "B L K A -> B L (K A)"))
+        return from_heads(self.out_proj, attention(q, k, v, causal=causal))
 
 
 class MLP(nnx.Module):

@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int, Int32
 
 from ldm_jax.models import names
 from ldm_jax.nn.attention import attention
-from ldm_jax.nn.layers import linear
+from ldm_jax.nn.layers import from_heads, into_heads, linear
 from ldm_jax.nn.stack import Stack
 from ldm_jax.types import Arr, Tokens
 
@@ -90,12 +90,8 @@ class SelfAttention(nnx.Module):
         self.num_heads = config.num_heads
 
     def __call__(self, x_BLD: Sequence, mask: Mask, bias: Bias) -> Sequence:
-        q, k, v = (
-            rearrange(project(x_BLD), "B L (K A) -> B L K A", K=self.num_heads)
-            for project in (self.q, self.k, self.v)
-        )
-        out_BLKA = attention(q, k, v, mask=mask, bias=bias, scale=1.0)
-        return self.o(rearrange(out_BLKA, "B L K A -> B L (K A)"))
+        q, k, v = (into_heads(layer, x_BLD, self.num_heads) for layer in (self.q, self.k, self.v))
+        return from_heads(self.o, attention(q, k, v, mask=mask, bias=bias, scale=1.0))
 
 
 class GatedGELU(nnx.Module):

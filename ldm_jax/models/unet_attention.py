@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float
 
 from ldm_jax.models.unet_config import EPSILON, UNetConfig
 from ldm_jax.nn.attention import attention
-from ldm_jax.nn.layers import GroupNorm, Map, linear, zeros
+from ldm_jax.nn.layers import GroupNorm, Map, dense, from_heads, into_heads, linear, zeros
 from ldm_jax.nn.stack import Stack
 from ldm_jax.types import Arr
 
@@ -19,11 +19,6 @@ TRANSFORMER_EPSILON = 1e-6
 Mask = Bool[Arr, "B L"] | None
 KeysValues = tuple[Float[Arr, "B L _ _"], Float[Arr, "B L _ _"]]
 StackedKeysValues = tuple[Float[Arr, "B _ L _ _"], Float[Arr, "B _ L _ _"]]
-
-
-def split_heads(x: Float[Arr, "B L D"], num_heads: int) -> Float[Arr, "B L K A"]:
-    """The channels of a token, as `num_heads` heads."""
-    return rearrange(x, "B L (K A) -> B L K A", K=num_heads)
 
 
 class Attention(nnx.Module):
@@ -39,9 +34,7 @@ class Attention(nnx.Module):
         self.num_heads = num_heads
 
     def keys_values(self, source: Float[Arr, "B L E"]) -> KeysValues:
-        return split_heads(self.to_k(source), self.num_heads), split_heads(
-            self.to_v(source), self.num_heads
-        )
+        return tuple(into_heads(layer, source, self.num_heads) for layer in (self.to_k, self.to_v))
 
     def __call__(
         self,
@@ -49,8 +42,8 @@ class Attention(nnx.Module):
         keys_values: KeysValues,
         mask: Mask = None,
     ) -> Float[Arr, "B N D"]:
-        out_BNKA = attention(split_heads(self.to_q(x), self.num_heads), *keys_values, mask=mask)
-        return self.to_out(rearrange(out_BNKA, "B N K A -> B N (K A)"))
+        q_BNKA = into_heads(self.to_q, x, self.num_heads)
+        return from_heads(self.to_out, attention(q_BNKA, *keys_values, mask=mask))
 
 
 class GEGLU(nnx.Module):
@@ -61,7 +54,15 @@ class GEGLU(nnx.Module):
         self.contract = linear(4 * width, width, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Float[Arr, "B N D"]) -> Float[Arr, "B N D"]:
-        value, gate = jnp.split(self.expand(x), 2, axis=-1)
+        # Two products by the halves of the kernel: their results are never written side by side.
+        value, gate = (
+            dense(x, kernel, bias, self.expand.dtype)
+            for kernel, bias in zip(
+                jnp.split(self.expand.kernel[...], 2, axis=-1),
+                jnp.split(self.expand.bias[...], 2),
+                strict=True,
+            )
+        )
         return self.contract(value * nnx.gelu(gate, approximate=False))
 
 
@@ -137,18 +138,15 @@ class JointAttention(nnx.Module):
         self.num_heads = config.heads(width)
 
     def prepare(self, tokens: Float[Arr, "B L E"]) -> KeysValues:
-        return split_heads(self.add_k_proj(tokens), self.num_heads), split_heads(
-            self.add_v_proj(tokens), self.num_heads
-        )
+        layers = self.add_k_proj, self.add_v_proj
+        return tuple(into_heads(layer, tokens, self.num_heads) for layer in layers)
 
     def __call__(self, x: Map, text: KeysValues, mask: Mask) -> Map:
         h_BND = rearrange(self.group_norm(x), "B H W D -> B (H W) D")
-        own = (
-            split_heads(self.to_k(h_BND), self.num_heads),
-            split_heads(self.to_v(h_BND), self.num_heads),
+        q, *own = (
+            into_heads(layer, h_BND, self.num_heads) for layer in (self.to_q, self.to_k, self.to_v)
         )
         k, v = (jnp.concatenate(pair, axis=1) for pair in zip(text, own, strict=True))
         if mask is not None:
             mask = jnp.pad(mask, ((0, 0), (0, h_BND.shape[1])), constant_values=True)
-        out_BNKA = attention(split_heads(self.to_q(h_BND), self.num_heads), k, v, mask=mask)
-        return x + self.to_out(rearrange(out_BNKA, "B N K A -> B N (K A)")).reshape(x.shape)
+        return x + from_heads(self.to_out, attention(q, k, v, mask=mask)).reshape(x.shape)

@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float
 
 from ldm_jax.models.uvit_config import EPSILON, UViTConfig
 from ldm_jax.nn.attention import attention
-from ldm_jax.nn.layers import conv3x3, linear, sinusoids
+from ldm_jax.nn.layers import conv3x3, from_heads, into_heads, linear, sinusoids
 from ldm_jax.nn.stack import Stack, rematerialised
 from ldm_jax.types import Arr, Cond, Latent, PerExample
 
@@ -45,10 +45,9 @@ class SelfAttention(nnx.Module):
 
     def __call__(self, x_BMD: Sequence, mask: Mask) -> Sequence:
         q, k, v = (
-            rearrange(project(x_BMD), "B M (K A) -> B M K A", K=self.num_heads)
-            for project in (self.to_q, self.to_k, self.to_v)
+            into_heads(layer, x_BMD, self.num_heads) for layer in (self.to_q, self.to_k, self.to_v)
         )
-        return self.to_out(rearrange(attention(q, k, v, mask=mask), "B M K A -> B M (K A)"))
+        return from_heads(self.to_out, attention(q, k, v, mask=mask))
 
 
 class Block(nnx.Module):

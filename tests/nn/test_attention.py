@@ -60,6 +60,26 @@ def test_cudnn_is_asked_for_the_same(case, monkeypatch):
     np.testing.assert_allclose(given, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("case", [name for name in CASES if "bias" not in name])
+def test_splash_is_the_same_interpreted(case):
+    """The kernel of TPUs, on tokens that do not fill its blocks; and the gradient, which has a kernel of its own."""
+    _, hidden, changed = CASES[case]
+    q, k, v = draw()
+
+    def answer_and_gradient(implementation):
+        call = functools.partial(attention, **hidden, **changed, implementation=implementation)
+        loss = lambda q, k, v: jnp.sum(jnp.sin(call(q, k, v)))  # noqa: E731
+        return call(q, k, v), jax.grad(loss, argnums=(0, 1, 2))(q, k, v)
+
+    given, expected = (jax.jit(answer_and_gradient, static_argnums=0)(x) for x in ("splash", "xla"))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), given, expected)
+
+
+def test_splash_takes_no_bias():
+    with pytest.raises(ValueError, match="a bias has no implementation 'splash'"):
+        attention(*draw(), bias=BIAS, implementation="splash")
+
+
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_half_precision_rounds_only_inputs_weights_and_result(dtype):
     q, k, v = draw(num_keys=64, dtype=dtype)
@@ -103,26 +123,45 @@ def test_a_row_with_nothing_to_see_is_finite():
     assert all(np.all(np.isfinite(x)) for x in jax.jit(value_and_grad)(q))
 
 
-def test_auto_takes_cudnn_only_where_it_can_run(monkeypatch):
-    def taken(q, k, v, **options):
-        marked = []
-        row = lambda q, *_: marked.append(True) or q  # noqa: E731
-        monkeypatch.setitem(module.IMPLEMENTATIONS, "cudnn", row)
-        jax.eval_shape(lambda q, k, v: attention(q, k, v, **options), q, k, v)
-        return bool(marked)
+@pytest.fixture
+def taken(monkeypatch):
+    """Which implementation is called; none is run."""
 
+    def call(q, k, v, **options):
+        marked = []
+        for name in module.IMPLEMENTATIONS:
+            row = lambda q, *_, name=name: marked.append(name) or q  # noqa: E731
+            monkeypatch.setitem(module.IMPLEMENTATIONS, name, row)
+        jax.eval_shape(lambda q, k, v: attention(q, k, v, **options), q, k, v)
+        (name,) = marked
+        return name
+
+    return call
+
+
+def test_auto_takes_splash_on_tpus_for_many_tokens(taken, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    many = draw(1024, 1024, jnp.bfloat16)
+    assert taken(*many) == "splash"
+    assert taken(*many, bias=jnp.zeros((1, 3, 1024, 1024))) == "xla"
+    assert taken(*draw(1024, 77, jnp.bfloat16)) == "xla"
+    assert taken(*draw(1024, 1024)) == "xla"
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    with jax.set_mesh(mesh):  # whose platform has the last word
+        assert taken(*many) == "xla"
+
+
+def test_auto_takes_cudnn_only_where_it_can_run(taken, monkeypatch):
     half, full = draw(dtype=jnp.bfloat16), draw()
-    assert not taken(*half)
+    assert taken(*half) == "xla"
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    assert taken(*half) and taken(*half, causal=True)
-    assert taken(*full, implementation="cudnn")
-    assert not taken(*half, implementation="xla")
-    assert not taken(*half, mask=MASK)
-    assert not taken(*half, bias=BIAS)
-    assert not taken(*full)
-    assert not taken(*(x[..., :7] for x in half))
+    assert taken(*half) == taken(*half, causal=True) == "cudnn"
+    assert taken(*full, implementation="cudnn") == "cudnn"
+    assert taken(*half, implementation="xla") == "xla"
+    assert taken(*half, mask=MASK) == taken(*half, bias=BIAS) == taken(*full) == "xla"
+    assert taken(*(x[..., :7] for x in half)) == "xla"
 
 
 def test_unknown_implementations_are_refused():
-    with pytest.raises(ValueError, match="'flash'; it can be auto, xla, cudnn"):
+    with pytest.raises(ValueError, match="'flash'; it can be auto, xla, cudnn, splash"):
         attention(*draw(), implementation="flash")

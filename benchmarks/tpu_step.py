@@ -1,0 +1,112 @@
+"""What a training step costs on a TPU, by the TPU's own compiler, on a machine without one.
+
+    python benchmarks/tpu_step.py --size=unet-sd2 --side=64 --batch=8 [--topology=v5p:2x2x1 --remat=none --show=20]
+
+Compiles the step (bfloat16, AdamW, no average, text embeddings given) for one chip, and prints the memory that it needs
+and the time that the compiler expects. Of the attention kernels it knows nothing: their products, with what they
+compute again, are taken to run at 40% of the chip's peak. `--show` lists what costs most. Needs jax[tpu]; a step of
+866 M parameters takes minutes to compile.
+"""
+
+import argparse
+import collections
+import dataclasses
+import functools
+import math
+import os
+import re
+import time
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
+
+from ldm_jax.diffusion import ScaledLinear, eps, make_loss
+from ldm_jax.models.networks import MODULES
+from ldm_jax.models.sizes import backbone
+from ldm_jax.nn.functional import functional
+from ldm_jax.parallel import MeshConfig, make_mesh
+from ldm_jax.parallel.aot import instructions, topology
+from ldm_jax.parallel.mesh import peak_flops
+from ldm_jax.training import OptimizerConfig, abstract_state, make_optimizer, make_step
+from ldm_jax.types import Batch, Cond
+
+CLOCK = 1.75e9  # cycles a second of a v5p
+REACHED = 0.4  # of the peak, by the kernels
+PRODUCTS = {
+    "fwd": 2,
+    "dkv": 5,
+}  # of matrices in a kernel; its backward pass repeats one of the forward pass
+
+
+def compiled_step(arguments):
+    """The program, and the device that it is for."""
+    device = topology(arguments.topology)[0]
+    mesh = make_mesh(MeshConfig(data=1), [device])
+    config = backbone(arguments.size)
+    config = dataclasses.replace(config, dtype="bfloat16", remat=arguments.remat)
+    network = functional(lambda rngs: MODULES[type(config)](config, rngs))
+    prepare = functools.partial(network.apply, method="prepare")
+    loss = make_loss(network.apply, prepare, schedule=ScaledLinear(), prediction=eps)
+    tx = make_optimizer(OptimizerConfig(), batch_size=arguments.batch, examples=10**9)
+    step = make_step(loss, tx, jax.random.key(0), ema=0)
+    whole = NamedSharding(mesh, PartitionSpec())
+    state = abstract_state(network.init, tx, lambda tree: jax.tree.map(lambda _: whole, tree))
+    shape = functools.partial(jax.ShapeDtypeStruct, sharding=whole)
+    rows, side = arguments.batch, arguments.side or config.sample_size
+    batch = Batch(
+        latents=shape((rows, side, side, config.in_channels), jnp.float32),
+        text=Cond(shape((rows, 77, config.text_width), jnp.bfloat16)),
+        weight=shape((rows,), jnp.float32),
+        index=shape((rows,), jnp.uint32),
+    )
+    with jax.set_mesh(mesh):
+        return jax.jit(step, donate_argnums=0).lower(state, {}, batch).compile(), device
+
+
+def kernel_flops(instruction):
+    """Floating-point operations of one run of an attention kernel."""
+    operands = instruction.text.partition("operand_layout_constraints=")[2]
+    shapes = [dims.split(",") for dims in re.findall(r"bf16\[([\d,]+)\]", operands)]
+    (batch, heads, queries, width), (*_, keys, _) = (map(int, shape) for shape in shapes[:2])
+    (products,) = (n for name, n in PRODUCTS.items() if f"splash_mha_{name}" in instruction.text)
+    return products * 2 * batch * heads * queries * keys * width
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--topology", default="v5p:2x2x1")
+    parser.add_argument("--size", default="unet-sd2", help="a name of ldm_jax.models.sizes")
+    parser.add_argument("--side", type=int, default=64, help="rows and columns of the latents")
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--remat", default="none")
+    parser.add_argument("--show", type=int, default=0, help="lines of what costs most")
+    arguments = parser.parse_args()
+    start = time.perf_counter()
+    compiled, device = compiled_step(arguments)
+    print(f"compiled for {device.device_kind} in {time.perf_counter() - start:.0f} s")
+    memory = compiled.memory_analysis()
+    state, work = memory.argument_size_in_bytes / 1e9, memory.temp_size_in_bytes / 1e9
+    print(f"{state:.1f} GB of state and batch, {work:.1f} GB of temporaries")
+    lines = list(instructions(compiled.as_text()))
+    kernels = [line for line in lines if "tpu_custom_call" in line.text]
+    seconds = sum(line.cycles * line.times for line in lines) / CLOCK
+    flops = math.fsum(line.times * kernel_flops(line) for line in kernels)
+    attention = flops / (REACHED * peak_flops(device.device_kind))
+    print(
+        f"{seconds * 1e3:.1f} ms expected, and {flops / 1e12:.2f} TFLOP of kernels: "
+        f"{(seconds + attention) * 1e3:.1f} ms together"
+    )
+    shares = collections.Counter()
+    for line in lines:
+        shares[line.operation] += line.cycles * line.times / CLOCK
+    print(", ".join(f"{name} {share * 1e3:.1f} ms" for name, share in shares.most_common(6)))
+    for line in sorted(lines, key=lambda line: -line.cycles * line.times)[: arguments.show]:
+        cost = line.cycles * line.times / CLOCK * 1e3
+        print(f"{cost:8.2f} ms {line.times:4d}x {line.operation:12} {line.scope[-70:]}")
+
+
+if __name__ == "__main__":
+    main()
