@@ -1,5 +1,6 @@
 # make demo    sets up and runs the main job: encode, train, report
 # make test    sets up and runs the fast tests
+# make test-parity    the same beside torch, diffusers and transformers, with live comparisons
 #
 # Both need Python 3.11 or later, make and a package index, and may be run again at any time.
 # Another interpreter: make PYTHON=python3.12 VENV=.venv-3.12 test
@@ -17,7 +18,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed[$(EXTRAS)]
 RUN := $(BIN)/python -m
 
-.PHONY: demo test test-slow test-all lint install clean
+.PHONY: demo test test-slow test-parity test-all lint install clean
 .DELETE_ON_ERROR:
 
 demo: install
@@ -30,6 +31,9 @@ test: install
 
 test-slow: install
 	$(RUN) pytest -q -m slow $(PYTEST_FLAGS)
+
+test-parity:
+	$(MAKE) EXTRAS=test,parity test
 
 test-all: install
 	$(RUN) pytest -q $(PYTEST_FLAGS)

@@ -26,6 +26,7 @@ from ldm_jax.models.clip import CLIPTextConfig
 from ldm_jax.models.networks import MODULES, described
 from ldm_jax.models.t5 import T5Config
 from ldm_jax.models.text import T5_LENGTH, Text
+from ldm_jax.models.tiling import decode_tiled
 from ldm_jax.models.tokenizer import Tokenizer
 from ldm_jax.nn.functional import Functional, functional
 from ldm_jax.parallel import REPLICATED, make_mesh, put_batch, shardings
@@ -56,6 +57,7 @@ class Pretrained(NamedTuple):
     clip: Network | None
     clip_tokenizer: Tokenizer
     reader: Network | None
+    tile: int  # latent rows and columns that are decoded at a time; 0: all
 
     @property
     def params(self) -> Params:
@@ -72,8 +74,12 @@ class Pretrained(NamedTuple):
         return self.autoencoder.apply(frozen["autoencoder"], images, method="encode_mode")
 
     def decode(self, frozen: Params, latents: Latent) -> Images:
-        """Scaled latents to images."""
-        return self.autoencoder.apply(frozen["autoencoder"], latents, method="decode")
+        """Scaled latents to images, in tiles that overlap by a quarter where `sampling.tile` says so."""
+        apply, factor = self.autoencoder.apply, self.autoencoder.config.downsampling
+        decode = functools.partial(apply, frozen["autoencoder"], method="decode")
+        if not self.tile:
+            return decode(latents)
+        return decode_tiled(decode, latents, tile=self.tile, overlap=self.tile // 4, factor=factor)
 
 
 def load_pretrained(config: RunConfig, mesh: Mesh) -> Pretrained:
@@ -100,6 +106,7 @@ def load_pretrained(config: RunConfig, mesh: Mesh) -> Pretrained:
         clip=_load(clip, mesh) if clip.is_dir() else None,
         clip_tokenizer=Tokenizer.from_directory(clip) if clip.is_dir() else text.tokenizers[0],
         reader=_load(reader, mesh) if reader.is_dir() else None,
+        tile=config.sampling.tile,
     )
     if pretrained.clip is not None:
         _check_tokenizer(clip, pretrained.clip_tokenizer, pretrained.clip.config.text)

@@ -80,9 +80,12 @@ class SamplingConfig:
     steps: int = 50  # network evaluations an image (pairs of them with guidance)
     guidance: float = 7.5  # scale of classifier-free guidance
     batch: int = 32  # images drawn at a time
+    tile: int = 0  # latent rows and columns decoded at a time, for large images; 0: all at once
 
     def __post_init__(self) -> None:
         _at_least_one(self, "steps", "batch")
+        if self.tile < 0:
+            raise ValueError(f"tile is {self.tile}; it is a number of latent rows, or 0")
 
 
 @dataclasses.dataclass(frozen=True)

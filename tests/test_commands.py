@@ -87,6 +87,16 @@ def test_samples_are_a_function_of_prompt_number_and_seed(run, tmp_path):
     ]
 
 
+def test_images_decoded_in_tiles_are_almost_those_decoded_whole(run, tmp_path):
+    """But for what the autoencoder's attention sees of the whole image."""
+    for tile in (0, 6):
+        words = [f"--prompt={LARGE_RED}", f"--output={tmp_path / str(tile)}"]
+        flags = [*words, f"--config.sampling.tile={tile}"]
+        runs.run(sample, run, *flags, add_flags=sample.add_flags)
+    whole, tiled = (read(tmp_path / name / "00000-00.png") for name in ("0", "6"))
+    assert 0 < np.sqrt(np.mean((whole - tiled) ** 2)) < 25
+
+
 def test_evaluation_of_the_last_checkpoint_repeats_that_of_training(run, capsys):
     runs.run(evaluate, run)
     again = lines(run / "scores.jsonl")[-1]

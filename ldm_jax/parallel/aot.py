@@ -41,6 +41,7 @@ def topology(name: str) -> Sequence[jax.Device]:
     from jax.experimental import topologies
 
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no metadata server to ask
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # no TPU to fight over either
     try:
         return topologies.get_topology_desc(name, platform="tpu").devices
     except Exception as error:  # of many kinds
