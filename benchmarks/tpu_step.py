@@ -4,9 +4,9 @@
 
 Compiles the step (bfloat16, AdamW, no average, text embeddings given) for one chip, and prints the memory that it needs
 and the time that the compiler expects: its `optimal_seconds`, in which the body of a loop counts once, and the cycles
-that it writes beside every instruction, loops by their trips. Of the attention kernels it knows nothing: their products,
-with what they compute again, are taken to run at 40% of the chip's peak. `--show` lists what costs most. Needs
-jax[tpu]; a step of 866 M parameters takes minutes to compile.
+that it writes beside every instruction, loops by their trips. Of the attention kernels it knows nothing: their
+products, with what they compute again, are taken to run at 40% of the chip's peak. `--show` lists what costs most.
+Needs jax[tpu]; a step of 866 M parameters takes minutes to compile.
 """
 
 import argparse
