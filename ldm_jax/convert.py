@@ -57,11 +57,16 @@ def main(flags: argparse.Namespace) -> None:
     unfinished = flags.to.with_name(flags.to.name + ".unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
-    if (flags.source / CONFIG_FILE).is_file() and not (flags.source / INDEX).is_file():
-        from_run(flags.source, unfinished, flags.dtype, flags.weights)
-    else:
-        from_pipeline(flags.source, unfinished, flags.dtype)
-    unfinished.rename(flags.to)
+    try:
+        if (flags.source / INDEX).is_file() or not (flags.source / CONFIG_FILE).is_file():
+            if flags.weights:
+                raise ValueError(f"--weights={flags.weights} is for runs; {flags.source} is none")
+            from_pipeline(flags.source, unfinished, flags.dtype)
+        else:
+            from_run(flags.source, unfinished, flags.dtype, flags.weights)
+        unfinished.rename(flags.to)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
     print(f"{flags.to}: {', '.join(sorted(path.name for path in flags.to.iterdir()))}")
 
 

@@ -153,7 +153,10 @@ def test_tensors_of_a_pipeline_come_out_bit_for_bit(tmp_path, dtype):
 def test_what_cannot_be_converted_is_said_and_leaves_nothing(tmp_path):
     with pytest.raises(FileNotFoundError, match="is neither a run"):
         converted(tmp_path / "nothing", tmp_path / "to")
-    assert not (tmp_path / "to").exists()
+    assert not list(tmp_path.iterdir())
+    words = [f"--from={tmp_path}", f"--to={tmp_path / 'to'}", "--weights=raw"]
+    with pytest.raises(ValueError, match="--weights=raw is for runs"):
+        convert.main(parse(words, add_flags=convert.add_flags, in_workdir=False))
     (tmp_path / "to").mkdir()
     with pytest.raises(ValueError, match="exists; give a directory that there is not yet"):
         converted(tmp_path, tmp_path / "to")

@@ -48,18 +48,25 @@ def attention(
 
 
 def _best(q: Q, k: KV, mask: Mask, bias: Bias) -> str:
-    """cuDNN refuses float32 and odd head widths, and in training a mask or a bias over an odd number of keys."""
-    platform, half = _platform(), q.dtype in (jnp.bfloat16, jnp.float16)
+    """cuDNN refuses float32 and odd head widths, and in training a mask or a bias over an odd number of keys.
+
+    The compiler cannot divide a kernel of TPUs over devices, and raises where it would have to.
+    """
+    (platform, devices), half = _platform(), q.dtype in (jnp.bfloat16, jnp.float16)
     fits = half and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128 and mask is None and bias is None
     if platform == "gpu" and fits:
         return "cudnn"
     many = min(q.shape[1], k.shape[1]) >= SPLASH_TOKENS
-    return "splash" if platform == "tpu" and half and many and bias is None else "xla"
+    whole = platform == "tpu" and devices == 1
+    return "splash" if whole and half and many and bias is None else "xla"
 
 
-def _platform() -> str:
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    return device.platform if device else jax.default_backend()
+def _platform() -> tuple[str, int]:
+    """The kind and the number of the devices of the mesh in force, or of all there are."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.abstract_device:
+        return mesh.abstract_device.platform, mesh.size
+    return jax.default_backend(), jax.device_count()
 
 
 def _xla(q: Q, k: KV, v: KV, mask: Mask, bias: Bias, causal: bool, scale: float) -> Q:
@@ -126,7 +133,7 @@ def _splash(q: Q, k: KV, v: KV, mask: Mask, bias: Bias, causal: bool, scale: flo
         block_sizes=_blocks(splash, *shape, q.shape[3]),
         head_shards=1,
         q_seq_shards=1,
-        interpret=_platform() != "tpu",
+        interpret=_platform()[0] != "tpu",
     )
     out_BKNA = jax.vmap(kernel)(q_BKNA, k_BKLA, v_BKLA, segments)
     return jnp.moveaxis(out_BKNA, 1, 2)[:, :N].astype(q.dtype)

@@ -17,9 +17,7 @@ _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _CONSTANT = re.compile(r"= s32\[\]\S* constant\((\d+)\)")
 _SCOPE = re.compile(r'op_name="([^"]*)"')
-_CALLED = {
-    name: re.compile(name + r"=%([\w.\-]+)") for name in ("body", "condition", "to_apply", "calls")
-}
+_CALLED = {name: re.compile(name + r"=%([\w.\-]+)") for name in ("body", "condition", "to_apply")}
 
 
 class Instruction(NamedTuple):

@@ -141,11 +141,15 @@ def taken(monkeypatch):
 
 def test_auto_takes_splash_on_tpus_for_many_tokens(taken, monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
     many = draw(1024, 1024, jnp.bfloat16)
     assert taken(*many) == "splash"
     assert taken(*many, bias=jnp.zeros((1, 3, 1024, 1024))) == "xla"
     assert taken(*draw(1024, 77, jnp.bfloat16)) == "xla"
     assert taken(*draw(1024, 1024)) == "xla"
+    monkeypatch.setattr(jax, "device_count", lambda: 4)  # over which no kernel can be divided
+    assert taken(*many) == "xla"
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     with jax.set_mesh(mesh):  # whose platform has the last word
         assert taken(*many) == "xla"
