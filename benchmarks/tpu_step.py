@@ -54,7 +54,8 @@ def compiled_step(arguments):
     tx = make_optimizer(OptimizerConfig(), batch_size=arguments.batch, examples=10**9)
     step = make_step(loss, tx, jax.random.key(0), ema=0)
     whole = NamedSharding(mesh, PartitionSpec())
-    state = abstract_state(network.init, tx, lambda tree: jax.tree.map(lambda _: whole, tree))
+    place = lambda tree: jax.tree.map(lambda _: whole, tree)  # noqa: E731
+    state = abstract_state(network.init, tx, place, ema=False)
     shape = functools.partial(jax.ShapeDtypeStruct, sharding=whole)
     rows, side = arguments.batch, arguments.side or config.sample_size
     batch = Batch(

@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float
 
 from ldm_jax.models.unet_config import EPSILON, UNetConfig
 from ldm_jax.nn.attention import attention
-from ldm_jax.nn.layers import GroupNorm, Map, dense, from_heads, into_heads, linear, zeros
+from ldm_jax.nn.layers import GroupNorm, Map, dense, from_heads, gelu, into_heads, linear, zeros
 from ldm_jax.nn.stack import Stack
 from ldm_jax.types import Arr
 
@@ -63,7 +63,7 @@ class GEGLU(nnx.Module):
                 strict=True,
             )
         )
-        return self.contract(value * nnx.gelu(gate, approximate=False))
+        return self.contract(value * gelu(gate))
 
 
 class TransformerBlock(nnx.Module):

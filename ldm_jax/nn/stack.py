@@ -51,7 +51,7 @@ class Stack(nnx.Module):
 
         # Random draws compile in half the time under `map` that they need under `vmap`; both draw the same.
         self.block = nnx.merge(graph, jax.lax.map(init, jax.random.split(rngs.params(), num)))
-        self.remat = remat
+        self.num, self.remat = num, remat
 
     def __call__(self, x: Any, *shared: Any) -> Any:
         """x -> block(x, *shared), block after block; `shared` is the same for all of them."""
@@ -69,8 +69,13 @@ class Stack(nnx.Module):
         def step(x: Any, layer: tuple[Any, Any]) -> tuple[Any, Any]:
             return call(nnx.merge(graph, layer[0]), x, layer[1])
 
-        body = rematerialised(step, self.remat, prevent_cse=False)
-        return jax.lax.scan(body, x, (state, each))
+        # A loop of one turn would be unrolled too late for the compiler to lay its arrays out well.
+        alone = self.num == 1
+        body = rematerialised(step, self.remat, prevent_cse=alone)
+        if not alone:
+            return jax.lax.scan(body, x, (state, each))
+        x, out = body(x, jax.tree.map(lambda layer: layer[0], (state, each)))
+        return x, jax.tree.map(lambda layer: layer[None], out)
 
     def map(self, call: Callable[[Any], Any]) -> Any:
         """`call(block)` for all blocks at once, with a leading layer axis on every result."""

@@ -36,19 +36,20 @@ def make_step(
       tx: the optimiser.
       key: the randomness of the whole run. An example's key is `fold_in(key, its index)`, so that
         its noise depends neither on the batch it is in nor on the device it is on.
-      ema: half-life of the average of the parameters, in examples; 0 makes it equal to them.
+      ema: half-life of the average of the parameters, in examples; 0 where the state keeps none.
       accumulate: the number of parts that a batch is taken in, to save memory. The gradient is
         that of the whole batch whatever it is.
 
     The loss is averaged with `batch.weight`, so rows of weight 0 change nothing; a batch of such
     rows alone has no mean and gives NaN. `state.examples` counts all rows, as positions of the
     data. `frozen` holds parameters that are not trained; they are an argument because what a
-    function closes over is compiled into the program.
+    function closes over is compiled into the program. Raises ValueError where the state keeps an
+    average and `ema` is 0, or the other way round.
     """
 
     def mean_loss(params: Params, state: State, frozen: Params, part: Batch, total: Any) -> Any:
         keys = jax.vmap(jax.random.fold_in, (None, 0))(key, part.index)
-        losses = loss(params, state.ema, frozen, part, keys)
+        losses = loss(params, state.average, frozen, part, keys)
         return jnp.sum(part.weight * losses.astype(jnp.float32)) / total
 
     def loss_and_gradient(state: State, frozen: Params, batch: Batch) -> tuple[Any, Params]:
@@ -69,12 +70,8 @@ def make_step(
         params = optax.apply_updates(state.params, updates)
         examples = state.examples + jnp.uint32(len(batch.weight))
         average = _average(state.ema, params, ema, examples, len(batch.weight))
-        scalars = {
-            "loss": value,
-            "grad_norm": optax.tree.norm(gradient),
-            "update_norm": optax.tree.norm(updates),
-            "param_norm": optax.tree.norm(params),
-        }
+        # Norms of the parameters or their updates would read all of them once more.
+        scalars = {"loss": value, "grad_norm": optax.tree.norm(gradient)}
         return State(state.step + 1, examples, params, average, opt_state), scalars
 
     return step
@@ -105,13 +102,17 @@ def split(batch: Batch, parts: int) -> Batch:
 
 
 def _average(
-    ema: Params,
+    ema: Params | None,
     params: Params,
     half_life: float | int,
     examples: UInt32[Array, ""],
     batch_size: int,
-) -> Params:
-    if half_life == 0:
-        return params
+) -> Params | None:
+    if (ema is None) != (half_life == 0):
+        raise ValueError(
+            f"ema is {half_life}, and the state keeps {'no' if ema is None else 'an'} average"
+        )
+    if ema is None:
+        return None
     rate = ema_rate(half_life, examples, batch_size)
     return jax.tree.map(lambda old, new: old + rate * (new - old), ema, params)

@@ -2,6 +2,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.stats
 from flax import nnx
 
 from ldm_jax.nn.layers import (
@@ -11,6 +12,7 @@ from ldm_jax.nn.layers import (
     PixelAttention,
     ResBlock,
     Upsample,
+    gelu,
     sinusoids,
 )
 
@@ -66,6 +68,15 @@ def test_group_norm_keeps_its_statistics_in_float32():
 def test_group_norm_refuses_groups_that_do_not_divide():
     with pytest.raises(ValueError, match="6 channels do not divide into 4 groups"):
         GroupNorm(6, 4, 1e-5, dtype="float32")
+
+
+def test_gelu_is_the_input_times_the_normal_distributions_function():
+    x = np.linspace(-8, 8, 1001, dtype=np.float32)
+    truth = x * scipy.stats.norm.cdf(x.astype(np.float64))
+    np.testing.assert_allclose(gelu(jnp.asarray(x)), truth, atol=1e-6)
+    half = jnp.asarray(x, jnp.bfloat16)
+    truth = np.asarray(half, np.float64) * scipy.stats.norm.cdf(np.asarray(half, np.float64))
+    np.testing.assert_allclose(np.asarray(gelu(half), np.float64), truth, rtol=2**-8, atol=5e-4)
 
 
 def test_upsampling_with_the_identity_as_convolution_repeats_pixels():

@@ -29,8 +29,8 @@ class Block(nnx.Module):
 class Net(nnx.Module):
     """A stack between what a network has around it."""
 
-    def __init__(self, rngs, remat="none"):
-        self.layers = Stack(Block, DEPTH, rngs, remat)
+    def __init__(self, rngs, remat="none", depth=DEPTH):
+        self.layers = Stack(Block, depth, rngs, remat)
 
     def __call__(self, x, shift):
         return self.layers(x, shift)
@@ -54,7 +54,7 @@ def layer(params, i):
 
 
 def unrolled(params, x, shift):
-    for i in range(DEPTH):
+    for i in range(len(params["layers"]["block"]["gain"])):
         x = layer(params, i)(x, shift)
     return x
 
@@ -97,9 +97,11 @@ def test_stacked_parameters_are_born_sharded():
     jax.tree.map(np.testing.assert_array_equal, born, jax.jit(init)(jax.random.key(0)))
 
 
+@pytest.mark.parametrize("depth", (1, DEPTH))
 @pytest.mark.parametrize("remat", REMAT)
-def test_a_scan_is_an_unrolled_loop_in_values_and_gradients(params, remat):
-    _, apply = functional(lambda rngs: Net(rngs, remat))
+def test_a_stack_is_its_blocks_in_turn_in_values_and_gradients(remat, depth):
+    init, apply = functional(lambda rngs: Net(rngs, remat, depth))
+    params = jax.jit(init)(jax.random.key(0))
 
     def loss(run):
         return lambda params, x: jnp.sum(jnp.sin(run(params, x, SHIFT)))
@@ -110,17 +112,17 @@ def test_a_scan_is_an_unrolled_loop_in_values_and_gradients(params, remat):
     jax.tree.map(close, given, expected)
 
 
-def test_full_remat_keeps_only_what_goes_into_a_block():
-    params = jax.eval_shape(functional(Net).init, jax.random.key(0))
-
+@pytest.mark.parametrize("depth", (1, DEPTH))
+def test_full_remat_keeps_only_what_goes_into_a_block(depth):
     def kept(remat):
-        _, apply = functional(lambda rngs: Net(rngs, remat))
+        init, apply = functional(lambda rngs: Net(rngs, remat, depth))
+        params = jax.eval_shape(init, jax.random.key(0))
 
         def residuals(params, x):
             return jax.tree.leaves(jax.vjp(lambda p, x: apply(p, x, SHIFT), params, x)[1])
 
         leaves = jax.eval_shape(residuals, params, jnp.zeros((1000, WIDTH)))
-        return sum(leaf.size for leaf in leaves) / (1000 * WIDTH * DEPTH)
+        return sum(leaf.size for leaf in leaves) / (1000 * WIDTH * depth)
 
     assert kept("full") < 1.1 and kept("dots") > 1.9 and kept("none") > 2.9
 

@@ -8,7 +8,7 @@ import pytest
 import toy
 
 from ldm_jax.parallel import MeshConfig, make_mesh, put_batch
-from ldm_jax.training import State, init_state, make_step
+from ldm_jax.training import State, abstract_state, init_state, make_step
 from ldm_jax.training.step import EMA_SHARE, ema_rate
 
 KEY = jax.random.key(1)
@@ -41,7 +41,7 @@ def test_a_batch_taken_in_parts_gives_the_step_of_the_whole(accumulate):
 
 
 def test_parts_that_do_not_divide_the_batch_are_refused():
-    step = make_step(toy.loss, toy.optimizer(), KEY, ema=0, accumulate=3)
+    step = make_step(toy.loss, toy.optimizer(), KEY, ema=100, accumulate=3)
     with pytest.raises(ValueError, match=r"batch of 8 .* accumulate=3"):
         advanced(step, 1)
 
@@ -63,7 +63,7 @@ def draws(accumulate=1, size=8, mesh=None):
 
     tx = optax.sgd(float(size))  # undoes the mean; a power of two, so exactly
     step = make_step(loss, tx, KEY, ema=0, accumulate=accumulate)
-    state = init_state(lambda key: {"w": jnp.zeros(8)}, tx, jax.random.key(0))
+    state = init_state(lambda key: {"w": jnp.zeros(8)}, tx, jax.random.key(0), ema=False)
     for start in range(0, 8, size):
         batch = toy.batch(start, size)
         batch = put_batch(batch, mesh) if mesh else batch
@@ -91,7 +91,7 @@ def padded(fill):
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_padding_changes_nothing_but_the_count_of_positions(accumulate):
     tx = optax.sgd(0.1)
-    state = init_state(toy.init, tx, jax.random.key(0))
+    state = init_state(toy.init, tx, jax.random.key(0), ema=False)
     step = jax.jit(make_step(toy.loss, tx, KEY, ema=0, accumulate=accumulate))
     six, scalars = step(state, toy.frozen(), toy.batch(0, 6))
     first, padded_scalars = step(state, toy.frozen(), padded(0.0))
@@ -106,17 +106,17 @@ def test_the_loss_is_the_weighted_mean():
     weight = np.array([2.0, 1.0, 0.0, 0.5], np.float32)
     batch = toy.batch(0, 4)._replace(weight=weight)
     step = make_step(lambda p, e, f, b, k: b.latents[:, 0, 0, 0], optax.sgd(0.0), KEY, ema=0)
-    _, scalars = jax.jit(step)(init_state(toy.init, optax.sgd(0.0), KEY), None, batch)
+    _, scalars = jax.jit(step)(init_state(toy.init, optax.sgd(0.0), KEY, ema=False), None, batch)
     expected = np.average(batch.latents[:, 0, 0, 0], weights=weight)
     np.testing.assert_allclose(scalars["loss"], expected, rtol=1e-6)
 
 
-def test_scalars_are_the_norms_of_gradient_update_and_parameters():
+def test_scalars_are_the_loss_and_the_norm_of_its_gradient():
     tx = optax.sgd(0.5)
-    state = init_state(lambda key: {"w": jnp.array([3.0, 4.0])}, tx, KEY)
+    state = init_state(lambda key: {"w": jnp.array([3.0, 4.0])}, tx, KEY, ema=False)
     loss = lambda p, e, f, b, k: jnp.full(4, p["w"] @ jnp.array([0.0, 2.0]))  # noqa: E731
     _, scalars = jax.jit(make_step(loss, tx, KEY, ema=0))(state, None, toy.batch(0, 4))
-    expected = {"loss": 8.0, "grad_norm": 2.0, "update_norm": 1.0, "param_norm": math.sqrt(18)}
+    expected = {"loss": 8.0, "grad_norm": 2.0}
     assert {name: float(value) for name, value in scalars.items()} == pytest.approx(expected)
 
 
@@ -161,13 +161,33 @@ def test_the_early_average_forgets_the_initial_parameters_as_a_power_of_the_exam
     np.testing.assert_allclose(state.ema["w"], 2.0 ** (-1 / EMA_SHARE), rtol=1e-3)
 
 
-def test_an_average_of_half_life_zero_is_the_parameters():
-    state, _ = advanced(make_step(toy.loss, toy.optimizer(), KEY, ema=0), 3)
-    jax.tree.map(np.testing.assert_array_equal, state.params, state.ema)
+def test_without_an_average_the_parameters_stand_in_for_it():
+    tx = toy.optimizer()
+    start = init_state(toy.init, tx, KEY, ema=False)
+    assert start.ema is None and not jax.tree.leaves(abstract_state(toy.init, tx, ema=False).ema)
+    shown = []
+
+    def loss(params, ema, *rest):
+        shown.append(jax.tree.map(jnp.shape, ema) == jax.tree.map(jnp.shape, params))
+        return toy.loss(params, ema, *rest)
+
+    state, _ = advanced(make_step(loss, tx, KEY, ema=0), 3, start=start)
+    kept, _ = advanced(make_step(toy.loss, tx, KEY, ema=100), 3, start=init_state(toy.init, tx, KEY))
+    assert shown == [True] and state.ema is None and state.average is state.params
+    jax.tree.map(np.testing.assert_array_equal, state.params, kept.params)
+    assert kept.average is kept.ema
+
+
+@pytest.mark.parametrize(("half_life", "kept", "said"), [(0, True, "an"), (9.0, False, "no")])
+def test_an_average_is_kept_by_the_step_and_the_state_or_by_neither(half_life, kept, said):
+    state = init_state(toy.init, toy.optimizer(), KEY, ema=kept)
+    step = make_step(toy.loss, toy.optimizer(), KEY, ema=half_life)
+    with pytest.raises(ValueError, match=f"ema is {half_life}, and the state keeps {said} average"):
+        jax.eval_shape(step, state, toy.frozen(), toy.batch(0, 8))
 
 
 def test_frozen_parameters_are_no_constants_of_the_program():
-    step = make_step(toy.loss, toy.optimizer(), KEY, ema=0)
+    step = make_step(toy.loss, toy.optimizer(), KEY, ema=100)
     state = init_state(toy.init, toy.optimizer(), KEY)
     jaxpr = jax.make_jaxpr(step)(state, toy.frozen(), toy.batch(0, 8))
     assert all(np.size(const) <= 1 for const in jaxpr.consts)
