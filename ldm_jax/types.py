@@ -18,6 +18,9 @@ import jax
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int32, Key, UInt32
 
+BATCH_AXES = ("data", "fsdp")  # axes of a mesh that divide a batch
+HEAD_AXIS = "tensor"  # that which divides the heads of attention
+
 Arr = Array | np.ndarray
 Params = Any  # nested dict of arrays
 Context = Any  # what a network has prepared from the prompt alone

@@ -1,16 +1,15 @@
 """Attention: every network goes through this one function."""
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Shaped
+from jaxtyping import Array, Bool, Float
 
+from ldm_jax.nn.splash import divides, platform, splash
 from ldm_jax.types import Arr
 
-BLOCK = 128  # tokens that the TPU's kernel takes at a time, and multiples of it
-SPLASH_TOKENS = 1024  # from so many queries and keys on its scores are worth keeping out of memory
+SPLASH_QUERIES = 1024  # from so many on scores are worth keeping out of memory, even those of few keys
 
 Q = Float[Array, "B N K A"]
 KV = Float[Array, "B L K A"]
@@ -48,25 +47,16 @@ def attention(
 
 
 def _best(q: Q, k: KV, mask: Mask, bias: Bias) -> str:
-    """cuDNN refuses float32 and odd head widths, and in training a mask or a bias over an odd number of keys.
-
-    The compiler cannot divide a kernel of TPUs over devices, and raises where it would have to.
-    """
-    (platform, devices), half = _platform(), q.dtype in (jnp.bfloat16, jnp.float16)
-    fits = half and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128 and mask is None and bias is None
-    if platform == "gpu" and fits:
-        return "cudnn"
-    many = min(q.shape[1], k.shape[1]) >= SPLASH_TOKENS
-    whole = platform == "tpu" and devices == 1
-    return "splash" if whole and half and many and bias is None else "xla"
-
-
-def _platform() -> tuple[str, int]:
-    """The kind and the number of the devices of the mesh in force, or of all there are."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.abstract_device:
-        return mesh.abstract_device.platform, mesh.size
-    return jax.default_backend(), jax.device_count()
+    """cuDNN refuses float32 and odd head widths, and in training a mask or a bias over an odd number of keys."""
+    half, width = q.dtype in (jnp.bfloat16, jnp.float16), q.shape[-1]
+    if not half or bias is not None:
+        return "xla"
+    match platform():
+        case "gpu" if width % 8 == 0 and width <= 128 and mask is None:
+            return "cudnn"
+        case "tpu" if width <= 256 and q.shape[1] >= SPLASH_QUERIES and divides(q):
+            return "splash"
+    return "xla"
 
 
 def _xla(q: Q, k: KV, v: KV, mask: Mask, bias: Bias, causal: bool, scale: float) -> Q:
@@ -107,65 +97,8 @@ def _cudnn(q: Q, k: KV, v: KV, mask: Mask, bias: Bias, causal: bool, scale: floa
     )
 
 
-def _splash(q: Q, k: KV, v: KV, mask: Mask, bias: Bias, causal: bool, scale: float) -> Q:
-    """JAX's kernel for TPUs, which keeps the scores in fast memory (Dao et al. 2022, arXiv:2205.14135); slow elsewhere.
-
-    Tokens are padded to whole blocks. Raises ValueError for a bias, which the kernel does not take.
-    """
-    from jax.experimental.pallas.ops.tpu import (
-        splash_attention as splash,
-    )  # it imports all of Pallas
-
-    if bias is not None:
-        raise ValueError("attention with a bias has no implementation 'splash'; use xla or cudnn")
-    N, L = q.shape[1], k.shape[1]
-    q_BKNA, k_BKLA, v_BKLA = (jnp.moveaxis(_in_blocks(x), 2, 1) for x in (q * scale, k, v))
-    segments = None
-    if mask is not None or L % BLOCK:
-        seen = jnp.ones((len(q), L), bool) if mask is None else mask
-        queries = jnp.ones((len(q), q_BKNA.shape[2]), jnp.int32)
-        segments = splash.SegmentIds(queries, _in_blocks(seen).astype(jnp.int32))
-    shape = q_BKNA.shape[2], k_BKLA.shape[2]
-    kernel = splash.make_splash_mha(
-        splash.MultiHeadMask(
-            [splash.CausalMask(shape) if causal else splash.FullMask(shape)] * q.shape[2]
-        ),
-        block_sizes=_blocks(splash, *shape, q.shape[3]),
-        head_shards=1,
-        q_seq_shards=1,
-        interpret=_platform()[0] != "tpu",
-    )
-    out_BKNA = jax.vmap(kernel)(q_BKNA, k_BKLA, v_BKLA, segments)
-    return jnp.moveaxis(out_BKNA, 1, 2)[:, :N].astype(q.dtype)
-
-
-def _in_blocks(x: Shaped[Arr, "B L *rest"]) -> Shaped[Arr, "B M *rest"]:
-    """Tokens padded with zeros to whole blocks."""
-    return jnp.pad(x, ((0, 0), (0, -x.shape[1] % BLOCK), *[(0, 0)] * (x.ndim - 2)))
-
-
-def _blocks(splash: Any, N: int, L: int, A: int) -> Any:
-    """The largest that divide the tokens and fit the fast memory, for the forward and the backward kernel.
-
-    The latter writes a part of the queries' gradient for every block of keys, and adding these up costs as much as
-    the kernel: so it takes all the keys at once, up to 4096, for which there is room if tokens lie innermost.
-    """
-    wide = max(1, -(-A // 128))
-    rows, few_rows, columns, inner, all_columns = (
-        max(size for size in range(BLOCK, most + 1, BLOCK) if tokens % size == 0)
-        for tokens, most in ((N, 1024), (N, 256), (L, 1024), (L, 256), (L, 4096 // wide))
-    )
-    innermost = splash.QKVLayout.SEQ_MINOR
-    return splash.BlockSizes(
-        **{"block_q": rows, "block_kv": columns, "block_kv_compute": inner},
-        **{"block_q_dkv": few_rows, "block_kv_dkv": all_columns, "block_kv_dkv_compute": inner},
-        **{"q_layout": innermost, "k_layout": innermost, "v_layout": innermost},
-        use_fused_bwd_kernel=True,
-    )
-
-
 IMPLEMENTATIONS: dict[str, Callable[[Q, KV, KV, Mask, Bias, bool, float], Q]] = {
     "xla": _xla,
     "cudnn": _cudnn,
-    "splash": _splash,
+    "splash": splash,
 }

@@ -8,8 +8,9 @@ from typing import Any
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-AXES = ("data", "fsdp", "tensor")
-BATCH_AXES = ("data", "fsdp")
+from ldm_jax.types import BATCH_AXES, HEAD_AXIS
+
+AXES = (*BATCH_AXES, HEAD_AXIS)
 
 
 @dataclasses.dataclass(frozen=True)

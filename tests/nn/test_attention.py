@@ -60,19 +60,27 @@ def test_cudnn_is_asked_for_the_same(case, monkeypatch):
     np.testing.assert_allclose(given, expected, rtol=1e-5, atol=1e-5)
 
 
+def answer_and_gradient(implementation, **options):
+    call = functools.partial(attention, **options, implementation=implementation)
+    loss = lambda q, k, v: jnp.sum(jnp.sin(call(q, k, v)))  # noqa: E731
+    both = lambda q, k, v: (call(q, k, v), jax.grad(loss, argnums=(0, 1, 2))(q, k, v))  # noqa: E731
+    return jax.jit(both)(*draw())
+
+
 @pytest.mark.parametrize("case", [name for name in CASES if "bias" not in name])
 def test_splash_is_the_same_interpreted(case):
     """The kernel of TPUs, on tokens that do not fill its blocks; and the gradient, which has a kernel of its own."""
     _, hidden, changed = CASES[case]
-    q, k, v = draw()
-
-    def answer_and_gradient(implementation):
-        call = functools.partial(attention, **hidden, **changed, implementation=implementation)
-        loss = lambda q, k, v: jnp.sum(jnp.sin(call(q, k, v)))  # noqa: E731
-        return call(q, k, v), jax.grad(loss, argnums=(0, 1, 2))(q, k, v)
-
-    given, expected = (jax.jit(answer_and_gradient, static_argnums=0)(x) for x in ("splash", "xla"))
+    given, expected = (answer_and_gradient(x, **hidden, **changed) for x in ("splash", "xla"))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), given, expected)
+
+
+def test_splash_is_the_same_on_every_device_of_a_mesh():
+    with jax.set_mesh(a_mesh(data=2, tensor=3)):
+        given = answer_and_gradient("splash", mask=MASK)
+    expected = answer_and_gradient("xla", mask=MASK)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), given, expected)
+    assert given[0].sharding.spec[0] == "data"
 
 
 def test_splash_takes_no_bias():
@@ -145,14 +153,41 @@ def test_auto_takes_splash_on_tpus_for_many_tokens(taken, monkeypatch):
     many = draw(1024, 1024, jnp.bfloat16)
     assert taken(*many) == "splash"
     assert taken(*many, bias=jnp.zeros((1, 3, 1024, 1024))) == "xla"
-    assert taken(*draw(1024, 77, jnp.bfloat16)) == "xla"
+    assert taken(*draw(1024, 77, jnp.bfloat16)) == "splash"
+    assert taken(*draw(77, 1024, jnp.bfloat16)) == "xla"
     assert taken(*draw(1024, 1024)) == "xla"
-    monkeypatch.setattr(jax, "device_count", lambda: 4)  # over which no kernel can be divided
+    monkeypatch.setattr(jax, "device_count", lambda: 4)  # among which no kernel can be divided
     assert taken(*many) == "xla"
-    monkeypatch.setattr(jax, "device_count", lambda: 1)
-    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-    with jax.set_mesh(mesh):  # whose platform has the last word
-        assert taken(*many) == "xla"
+
+
+def a_mesh(**sizes):
+    types = (jax.sharding.AxisType.Auto,) * len(sizes)
+    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=types)
+
+
+def test_the_platform_of_the_mesh_in_force_has_the_last_word(taken, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    with jax.set_mesh(a_mesh(data=2)):
+        assert taken(*draw(1024, 1024, jnp.bfloat16)) == "xla"
+
+
+@pytest.mark.parametrize(
+    ("sizes", "chosen"),
+    [({"data": 2}, "splash"), ({"fsdp": 2, "tensor": 3}, "splash")]
+    + [({"data": 4}, "xla"), ({"tensor": 2}, "xla"), ({"other": 2}, "xla")],
+)
+def test_splash_is_taken_where_examples_and_heads_divide_over_the_mesh(
+    sizes, chosen, taken, monkeypatch
+):
+    monkeypatch.setattr(module, "platform", lambda: "tpu")
+    with jax.set_mesh(a_mesh(**sizes)):
+        assert taken(*draw(1024, 77, jnp.bfloat16)) == chosen
+
+
+def test_splash_refuses_a_mesh_that_does_not_divide_it():
+    refused = "2 examples and 3 heads does not divide over the mesh {'data': 4}"
+    with jax.set_mesh(a_mesh(data=4)), pytest.raises(ValueError, match=refused):
+        attention(*draw(), implementation="splash")
 
 
 def test_auto_takes_cudnn_only_where_it_can_run(taken, monkeypatch):
