@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool, Float
 from ldm_jax.nn.splash import divides, platform, splash
 from ldm_jax.types import Arr
 
-SPLASH_QUERIES = 1024  # from so many on scores are worth keeping out of memory, even those of few keys
+SPLASH_QUERIES = 1024  # from so many on scores are worth keeping out of memory
 
 Q = Float[Array, "B N K A"]
 KV = Float[Array, "B L K A"]

@@ -71,9 +71,7 @@ def _division(q: Shaped[Array, "B N K A"]) -> tuple[Any, Any] | None:
     """The mesh's axes that divide the examples, and that which divides the heads; None if they cannot."""
     mesh = jax.sharding.get_abstract_mesh()
     sizes = {
-        axis: size
-        for axis, size in mesh.shape.items()
-        if size > 1 and axis not in mesh.manual_axes
+        axis: size for axis, size in mesh.shape.items() if size > 1 and axis not in mesh.manual_axes
     }
     batch = tuple(axis for axis in BATCH_AXES if axis in sizes)
     ways = math.prod(sizes.pop(axis) for axis in batch)

@@ -173,8 +173,13 @@ def test_the_platform_of_the_mesh_in_force_has_the_last_word(taken, monkeypatch)
 
 @pytest.mark.parametrize(
     ("sizes", "chosen"),
-    [({"data": 2}, "splash"), ({"fsdp": 2, "tensor": 3}, "splash")]
-    + [({"data": 4}, "xla"), ({"tensor": 2}, "xla"), ({"other": 2}, "xla")],
+    [
+        ({"data": 2}, "splash"),
+        ({"fsdp": 2, "tensor": 3}, "splash"),
+        ({"data": 4}, "xla"),
+        ({"tensor": 2}, "xla"),
+        ({"other": 2}, "xla"),
+    ],
 )
 def test_splash_is_taken_where_examples_and_heads_divide_over_the_mesh(
     sizes, chosen, taken, monkeypatch
