@@ -28,7 +28,7 @@ from ldm_jax.diffusion import ScaledLinear, eps, make_loss
 from ldm_jax.models.networks import MODULES
 from ldm_jax.models.sizes import backbone
 from ldm_jax.nn.functional import functional
-from ldm_jax.parallel import MeshConfig, make_mesh
+from ldm_jax.parallel import MeshConfig, compiler_options, make_mesh
 from ldm_jax.parallel.aot import instructions, topology
 from ldm_jax.parallel.mesh import peak_flops
 from ldm_jax.training import OptimizerConfig, abstract_state, make_optimizer, make_step
@@ -64,8 +64,9 @@ def compiled_step(arguments):
         weight=shape((rows,), jnp.float32),
         index=shape((rows,), jnp.uint32),
     )
+    options = {} if arguments.defaults else compiler_options(mesh)
     with jax.set_mesh(mesh):
-        return jax.jit(step, donate_argnums=0).lower(state, {}, batch).compile(), device
+        return jax.jit(step, donate_argnums=0).lower(state, {}, batch).compile(options), device
 
 
 def kernel_flops(instruction):
@@ -85,6 +86,8 @@ def main():
     parser.add_argument("--side", type=int, default=64, help="rows and columns of the latents")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--remat", default="none")
+    text = "the compiler's own options, not `parallel.compiler_options`"
+    parser.add_argument("--defaults", action="store_true", help=text)
     parser.add_argument("--show", type=int, default=0, help="lines of what costs most")
     arguments = parser.parse_args()
     start = time.perf_counter()

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import hashlib
-import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,7 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from ldm_jax import diffusion
-from ldm_jax.config import CHECKPOINTS, EMBEDDED, RunConfig
+from ldm_jax.config import CHECKPOINTS, RunConfig
 from ldm_jax.data.latents import Autoencoder, Manifest, main_captions
 from ldm_jax.data.loader import Loader, fixed_batch
 from ldm_jax.evals.evaluator import Evaluator, Scorer
@@ -22,148 +21,16 @@ from ldm_jax.evals.generation import Generate, make_generate
 from ldm_jax.evals.prompts import Prompts, read_prompts
 from ldm_jax.metrics.clip_score import CLIPScore
 from ldm_jax.models import weights
-from ldm_jax.models.clip import CLIPTextConfig
-from ldm_jax.models.networks import MODULES, described
-from ldm_jax.models.t5 import T5Config
-from ldm_jax.models.text import T5_LENGTH, Text
-from ldm_jax.models.tiling import decode_tiled
-from ldm_jax.models.tokenizer import Tokenizer
+from ldm_jax.models.networks import MODULES
 from ldm_jax.nn.functional import Functional, functional
-from ldm_jax.parallel import REPLICATED, make_mesh, put_batch, shardings
+from ldm_jax.parallel import REPLICATED, jit, make_mesh, put_batch, shardings
+from ldm_jax.pretrained import Pretrained
 from ldm_jax.training import State, abstract_state, init_state, make_optimizer, make_step
 from ldm_jax.training.checkpoints import Checkpoints
 from ldm_jax.training.step import Step
-from ldm_jax.types import Batch, Cond, Images, Latent, Params, Tokens
+from ldm_jax.types import Batch, Cond, Params
 
 TABLE, RULES = ((".*", REPLICATED),), {}
-
-_log = logging.getLogger(__name__)
-
-
-class Network(NamedTuple):
-    """A frozen network: its config, its functions, and its parameters."""
-
-    config: Any
-    apply: Callable[..., Any]
-    params: Params
-
-
-class Pretrained(NamedTuple):
-    """The frozen networks of one directory; `clip` and `reader` only where it has them."""
-
-    autoencoder: Network
-    text: Text
-    text_params: tuple[Params, ...]
-    clip: Network | None
-    clip_tokenizer: Tokenizer
-    reader: Network | None
-    tile: int  # latent rows and columns that are decoded at a time; 0: all
-
-    @property
-    def params(self) -> Params:
-        """The parameters of all networks, an argument of the jitted programs."""
-        networks = {name: x.params for name, x in self._asdict().items() if isinstance(x, Network)}
-        return {**networks, "text": self.text_params}
-
-    def encode(self, frozen: Params, text: Tokens | Cond) -> Cond:
-        """Tokens through the text encoders; text that is encoded already as it is."""
-        return text if isinstance(text, Cond) else self.text.encode(frozen["text"], text)
-
-    def encode_images(self, frozen: Params, images: Images) -> Latent:
-        """Images in [-1, 1] to scaled latents."""
-        return self.autoencoder.apply(frozen["autoencoder"], images, method="encode_mode")
-
-    def decode(self, frozen: Params, latents: Latent) -> Images:
-        """Scaled latents to images, in tiles that overlap by a quarter where `sampling.tile` says so."""
-        apply, factor = self.autoencoder.apply, self.autoencoder.config.downsampling
-        decode = functools.partial(apply, frozen["autoencoder"], method="decode")
-        if not self.tile:
-            return decode(latents)
-        return decode_tiled(decode, latents, tile=self.tile, overlap=self.tile // 4, factor=factor)
-
-
-def load_pretrained(config: RunConfig, mesh: Mesh) -> Pretrained:
-    """Reads the directory `config.pretrained`, in Stable Diffusion's layout as diffusers writes it, onto the mesh.
-
-    That is `vae`, `text_encoder` and `tokenizer`, and in SDXL's case `text_encoder_2` and `tokenizer_2`; beside them it
-    may hold `clip`, a CLIPModel with its tokenizer that scores, and `reader`, which answers questions about scenes. A
-    score whose network is not there is left out, and it is said.
-
-    Raises:
-      FileNotFoundError, ValueError: no such directory, weights that are missing or of another shape, or a
-        tokenizer that does not fit its text encoder.
-    """
-    directory = pretrained_directory(config)
-    clip = Path(config.eval.clip) if config.eval.clip else directory / "clip"
-    if not clip.is_dir():
-        _log.warning("There is no CLIP score: %s is no directory (eval.clip names one).", clip)
-    text, text_params = _load_text(directory, config.data.size, mesh)
-    reader = directory / "reader"
-    pretrained = Pretrained(
-        autoencoder=_load(directory / "vae", mesh),
-        text=text,
-        text_params=text_params,
-        clip=_load(clip, mesh) if clip.is_dir() else None,
-        clip_tokenizer=Tokenizer.from_directory(clip) if clip.is_dir() else text.tokenizers[0],
-        reader=_load(reader, mesh) if reader.is_dir() else None,
-        tile=config.sampling.tile,
-    )
-    if pretrained.clip is not None:
-        _check_tokenizer(clip, pretrained.clip_tokenizer, pretrained.clip.config.text)
-    return pretrained
-
-
-def _load_text(directory: Path, size: int, mesh: Mesh) -> tuple[Text, tuple[Params, ...]]:
-    """The text encoders, of which a directory has one or two, and their parameters."""
-    networks, tokenizers = [], []
-    for number in ("", "_2"):
-        path = directory / f"text_encoder{number}"
-        if number and not path.is_dir():
-            continue
-        network = _load(path, mesh)
-        length = T5_LENGTH if isinstance(network.config, T5Config) else None
-        tokenizer = Tokenizer.from_directory(directory / f"tokenizer{number}", length)
-        _check_tokenizer(directory, tokenizer, network.config)
-        networks.append(network)
-        tokenizers.append(tokenizer)
-    configs, applies, params = zip(*networks, strict=True)
-    return Text(tuple(tokenizers), configs, applies, size), params
-
-
-def _check_tokenizer(
-    directory: Path, tokenizer: Tokenizer, text: CLIPTextConfig | T5Config
-) -> None:
-    """An id that the network does not embed would become NaN without a word."""
-    checks = [("vocabulary", tokenizer.vocab_size, text.vocab_size)]
-    if isinstance(text, CLIPTextConfig):
-        checks.append(("model_max_length", tokenizer.max_length, text.max_position_embeddings))
-    for name, given, allowed in checks:
-        if given > allowed:
-            raise ValueError(
-                f"{directory}: the tokenizer's {name} is {given}, and the text encoder has embeddings for {allowed}"
-            )
-
-
-def pretrained_directory(config: RunConfig) -> Path:
-    """Where the frozen networks are."""
-    if config.pretrained == EMBEDDED:
-        return Path(__file__).parent / "assets" / "scenes"
-    directory = Path(config.pretrained)
-    if not directory.is_dir():
-        raise FileNotFoundError(
-            f"config.pretrained is {config.pretrained!r}, which is no directory; give one in Stable Diffusion's "
-            f"layout (vae, text_encoder, tokenizer), or {EMBEDDED!r}"
-        )
-    return directory
-
-
-def _load(directory: Path, mesh: Mesh) -> Network:
-    kind, config = described(directory)
-    init, apply = functional(lambda rngs: kind.module(config, rngs))
-    like = jax.eval_shape(init, jax.random.key(0))
-    places = shardings(like, TABLE, RULES, mesh)
-    params = weights.load(directory, like, kind.names(config), shardings=places)
-    return Network(config, apply, params)
 
 
 def make_backbone(config: RunConfig, pretrained: Pretrained) -> Functional:
@@ -228,8 +95,8 @@ def make_training(
     step = make_step(loss, tx, key(config, "train"), ema=train.ema, accumulate=train.accumulate)
     return Training(
         step,
-        lambda: init_state(network.init, tx, key(config, "init"), place),
-        abstract_state(network.init, tx, place),
+        lambda: init_state(network.init, tx, key(config, "init"), place, ema=train.ema > 0),
+        abstract_state(network.init, tx, place, ema=train.ema > 0),
     )
 
 
@@ -241,7 +108,7 @@ def load_weights(
     Raises:
       FileNotFoundError: there is no sound checkpoint.
     """
-    field = {"ema": "ema", "raw": "params"}[config.eval.weights]
+    field = "ema" if config.eval.weights == "ema" and config.train.ema else "params"
     abstract = make_training(config, network, pretrained, mesh).abstract
     state = Checkpoints(workdir / CHECKPOINTS).restore(abstract, only=(field, "examples"))
     return int(state.examples), getattr(state, field)
@@ -332,7 +199,7 @@ def make_validation(
         levels=config.eval.levels,
     )
 
-    @jax.jit
+    @functools.partial(jit, mesh=mesh)
     def losses(params: Params, frozen: Params, part: Batch) -> jax.Array:
         keys = jax.vmap(jax.random.fold_in, (None, 0))(key(config, "eval"), part.index)
         return loss(params, frozen, part, keys)

@@ -142,6 +142,9 @@ class RunConfig:
     pretrained: str = (
         EMBEDDED  # directory in Stable Diffusion's layout: autoencoder, text encoder, tokenizer
     )
+    text_precision: str = one_of(
+        PRECISIONS, "float32"
+    )  # of the text encoders: their parameters are held and computed in it
     data: DataConfig = DataConfig()
     captions: CaptionPolicy = CaptionPolicy()
     backbone: Backbone = choice(BACKBONES, UNetConfig())  # the network that is trained

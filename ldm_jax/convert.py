@@ -5,14 +5,16 @@
 
 From a run comes its newest checkpoint's backbone, with the frozen models that it was trained with and its schedule:
 what `StableDiffusionPipeline.from_pretrained` opens (`StableDiffusionXLPipeline`, `PixArtAlphaPipeline`). From a
-pipeline's directory every network is read, checked, and written anew as one file in full or half precision; tokenizers,
-the scheduler and whatever else is there are copied.
+pipeline's directory every network is read, checked, and written anew in full or half precision, a file at a time;
+tokenizers, the scheduler and whatever else is there are copied.
 """
 
 import argparse
 import dataclasses
+import functools
 import json
 import shutil
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,18 +26,23 @@ from ldm_jax.configuration import CONFIG_FILE, from_json
 from ldm_jax.flags import run_command
 from ldm_jax.models import Backbone, scheduler, weights
 from ldm_jax.models.clip import CLIPTextConfig
+from ldm_jax.models.names import Names
 from ldm_jax.models.networks import described
 from ldm_jax.models.pixart_config import PixArtConfig
 from ldm_jax.models.t5 import T5Config
 from ldm_jax.models.text import Text
 from ldm_jax.models.unet_config import UNetConfig
 from ldm_jax.nn.functional import functional
+from ldm_jax.pretrained import load_pretrained, pretrained_directory
+from ldm_jax.types import Params
 
 INDEX = "model_index.json"
 FROZEN = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
 NETWORKS = ("unet", "transformer", "vae", "text_encoder", "text_encoder_2")
 UNET = ["diffusers", "UNet2DConditionModel"]
 CLIP_TEXT, CLIP_TOKENIZER = ["transformers", "CLIPTextModel"], ["transformers", "CLIPTokenizer"]
+
+Save = Callable[[Path, Params, Names, Mapping[str, Any]], None]
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -46,14 +53,29 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--to", type=Path, required=True, help=text)
     text = "of the written weights (default float32)"
     parser.add_argument("--dtype", choices=weights.DTYPES, default="float32", help=text)
+    text = "bytes above which weights are divided into several files, such as 2e9 (default 10e9, which is diffusers')"
+    parser.add_argument(
+        "--max-shard-size", type=num_bytes, default=weights.MAX_SHARD_SIZE, help=text
+    )
     text = "which parameters of a run: the average or the trained ones (default: as eval.weights of the run)"
     parser.add_argument("--weights", choices=WEIGHTS, help=text)
+
+
+def num_bytes(text: str) -> int:
+    """What a flag gives; argparse makes a sentence of what this raises."""
+    try:
+        if (given := int(float(text))) >= 1:
+            return given
+    except (ValueError, OverflowError):
+        pass
+    raise argparse.ArgumentTypeError(f"{text!r} is no number of bytes from 1 on, such as 2e9")
 
 
 def main(flags: argparse.Namespace) -> None:
     """Writes the pipeline beside its place, and moves it there once it is whole."""
     if flags.to.exists():
         raise ValueError(f"--to={flags.to} exists; give a directory that there is not yet")
+    save = functools.partial(weights.save, dtype=flags.dtype, max_shard_size=flags.max_shard_size)
     unfinished = flags.to.with_name(flags.to.name + ".unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
@@ -61,16 +83,16 @@ def main(flags: argparse.Namespace) -> None:
         if (flags.source / INDEX).is_file() or not (flags.source / CONFIG_FILE).is_file():
             if flags.weights:
                 raise ValueError(f"--weights={flags.weights} is for runs; {flags.source} is none")
-            from_pipeline(flags.source, unfinished, flags.dtype)
+            from_pipeline(flags.source, unfinished, save)
         else:
-            from_run(flags.source, unfinished, flags.dtype, flags.weights)
+            from_run(flags.source, unfinished, save, flags.weights)
         unfinished.rename(flags.to)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     print(f"{flags.to}: {', '.join(sorted(path.name for path in flags.to.iterdir()))}")
 
 
-def from_pipeline(source: Path, to: Path, dtype: str) -> None:
+def from_pipeline(source: Path, to: Path, save: Save) -> None:
     """Every network of a pipeline read and written; all else copied.
 
     Raises:
@@ -84,10 +106,10 @@ def from_pipeline(source: Path, to: Path, dtype: str) -> None:
         if path.is_file():
             shutil.copy(path, to)
         else:
-            copy(path, to / path.name, dtype)
+            copy(path, to / path.name, save)
 
 
-def copy(source: Path, to: Path, dtype: str) -> None:
+def copy(source: Path, to: Path, save: Save) -> None:
     """One part of a pipeline: a network is read into this library's form and written from it."""
     if source.name not in NETWORKS:
         shutil.copytree(source, to)
@@ -95,11 +117,11 @@ def copy(source: Path, to: Path, dtype: str) -> None:
     kind, config = described(source)
     init, _ = functional(lambda rngs: kind.module(config, rngs))
     like = jax.eval_shape(init, jax.random.key(0))
-    params = weights.load(source, like, kind.names(config))
-    weights.save(to, params, kind.names(config), kind.write(config), dtype=dtype)
+    params = weights.lazy(source, like, kind.names(config))
+    save(to, params, kind.names(config), kind.write(config))
 
 
-def from_run(workdir: Path, to: Path, dtype: str, which: str | None) -> None:
+def from_run(workdir: Path, to: Path, save: Save, which: str | None) -> None:
     """The backbone of the newest checkpoint, the frozen models beside it, and the scheduler.
 
     Raises:
@@ -110,17 +132,17 @@ def from_run(workdir: Path, to: Path, dtype: str, which: str | None) -> None:
     if which:
         config = dataclasses.replace(config, eval=dataclasses.replace(config.eval, weights=which))
     mesh = build.mesh_of(config)
-    pretrained = build.load_pretrained(config, mesh)
+    pretrained = load_pretrained(config, mesh)
     backbone = config.backbone
     index = model_index(backbone, pretrained.text)
     steps = scheduler.to_diffusers(config.schedule, config.prediction, config.sampling.spacing)
     network = build.make_backbone(config, pretrained)
     _, params = build.load_weights(config, workdir, network, pretrained, mesh)
     name = "unet" if isinstance(backbone, UNetConfig) else "transformer"
-    weights.save(to / name, params, backbone.names, backbone.to_diffusers(), dtype=dtype)
-    directory = build.pretrained_directory(config)
+    save(to / name, params, backbone.names, backbone.to_diffusers())
+    directory = pretrained_directory(config)
     for part in filter(Path.is_dir, (directory / name for name in FROZEN)):
-        copy(part, to / part.name, dtype)
+        copy(part, to / part.name, save)
     write_json(to / "scheduler" / "scheduler_config.json", steps)
     write_json(to / INDEX, index)
 

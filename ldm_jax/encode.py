@@ -19,7 +19,8 @@ from ldm_jax.data.encoding import Limits, TextEncoder, encode
 from ldm_jax.data.latents import Manifest
 from ldm_jax.flags import run_command
 from ldm_jax.models import weights
-from ldm_jax.parallel import put_batch
+from ldm_jax.parallel import jit, put_batch
+from ldm_jax.pretrained import load_pretrained
 from ldm_jax.types import Cond, Images, Latent
 
 
@@ -28,10 +29,10 @@ def main(flags: argparse.Namespace) -> None:
     config: RunConfig = flags.config
     data = config.data
     mesh = build.mesh_of(config)
-    pretrained = build.load_pretrained(config, mesh)
+    pretrained = load_pretrained(config, mesh)
     frozen = pretrained.params
-    to_latents = jax.jit(pretrained.encode_images)
-    to_cond = jax.jit(pretrained.encode)
+    to_latents = jit(pretrained.encode_images, mesh)
+    to_cond = jit(pretrained.encode, mesh)
 
     def encoder(images: Images) -> Latent:
         return to_latents(frozen, put_batch(images, mesh))

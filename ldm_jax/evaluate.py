@@ -14,6 +14,7 @@ from ldm_jax.config import RunConfig
 from ldm_jax.configuration import to_json
 from ldm_jax.evals.image_grids import save_grid
 from ldm_jax.flags import run_command
+from ldm_jax.pretrained import load_pretrained
 from ldm_jax.scaling.records import append_line
 from ldm_jax.types import Estimate
 
@@ -22,7 +23,7 @@ def main(flags: argparse.Namespace) -> None:
     """Evaluates the newest checkpoint."""
     config: RunConfig = flags.config
     mesh = build.mesh_of(config)
-    pretrained = build.load_pretrained(config, mesh)
+    pretrained = load_pretrained(config, mesh)
     network = build.make_backbone(config, pretrained)
     examples, params = build.load_weights(config, flags.workdir, network, pretrained, mesh)
     prompts = build.make_prompts(config, flags.workdir)

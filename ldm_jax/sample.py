@@ -8,6 +8,7 @@ a function of its prompt's number and its seed alone.
 """
 
 import argparse
+import functools
 import json
 import logging
 from pathlib import Path
@@ -24,7 +25,8 @@ from ldm_jax.evals.image_grids import save_grid, to_uint8
 from ldm_jax.evals.prompts import read_lines
 from ldm_jax.flags import run_command
 from ldm_jax.models.text import Text
-from ldm_jax.parallel import put_batch
+from ldm_jax.parallel import jit, put_batch
+from ldm_jax.pretrained import Pretrained, load_pretrained
 from ldm_jax.types import Images, Params
 
 
@@ -45,7 +47,7 @@ def main(flags: argparse.Namespace) -> None:
     config: RunConfig = flags.config
     prompts = read(flags)
     mesh = build.mesh_of(config)
-    pretrained = build.load_pretrained(config, mesh)
+    pretrained = load_pretrained(config, mesh)
     network = build.make_backbone(config, pretrained)
     _, params = build.load_weights(config, flags.workdir, network, pretrained, mesh)
     warn_of_truncation(prompts, pretrained.text)
@@ -79,7 +81,7 @@ def draw(
     config: RunConfig,
     generate: Generate,
     params: Params,
-    pretrained: build.Pretrained,
+    pretrained: Pretrained,
     prompts: list[str],
     seeds: int,
     mesh: jax.sharding.Mesh,
@@ -89,7 +91,7 @@ def draw(
     empty, key = pretrained.text([""]), build.key(config, "sample")
     number, seed = np.divmod(np.arange(len(tokens), dtype=np.uint32), np.uint32(seeds))
 
-    @jax.jit
+    @functools.partial(jit, mesh=mesh)
     def program(
         params: Params, frozen: Params, rows: dict[str, jax.Array], scale: jax.Array
     ) -> Images:

@@ -28,6 +28,8 @@ from ldm_jax.evals.journal import Journal
 from ldm_jax.flags import run_command
 from ldm_jax.models.flops import count
 from ldm_jax.nn.functional import Functional
+from ldm_jax.parallel import jit
+from ldm_jax.pretrained import Pretrained, load_pretrained
 from ldm_jax.scaling.records import RunRecord, append_record
 from ldm_jax.training import Every, Hook, State, Tick, fit, prefetch
 from ldm_jax.training.checkpoints import Checkpoints
@@ -49,7 +51,7 @@ def run(config: RunConfig, workdir: Path) -> None:
         jax.config.update("jax_compilation_cache_dir", str(workdir / "compiled"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     mesh = build.mesh_of(config)
-    pretrained = build.load_pretrained(config, mesh)
+    pretrained = load_pretrained(config, mesh)
     loader = build.make_loader(config, workdir, pretrained)
     network = build.make_backbone(config, pretrained)
     claim(config, workdir)
@@ -74,7 +76,7 @@ def run(config: RunConfig, workdir: Path) -> None:
     loader.seek(int(state.examples))
     # Pinned, or the compiler may place the new state otherwise and compile a second time.
     placed = jax.tree.map(lambda leaf: leaf.sharding, training.abstract)
-    step = jax.jit(training.step, donate_argnums=0, out_shardings=(placed, None))
+    step = jit(training.step, mesh, donate_argnums=0, out_shardings=(placed, None))
     try:
         state = fit(
             lambda state, batch: step(state, pretrained.params, batch),
@@ -105,7 +107,7 @@ class Evaluate(Hook):
         config: RunConfig,
         workdir: Path,
         network: Functional,
-        pretrained: build.Pretrained,
+        pretrained: Pretrained,
         mesh: jax.sharding.Mesh,
         metrics: Metrics,
         settle: Callable[[], None],
@@ -122,7 +124,7 @@ class Evaluate(Hook):
         self._settle()  # no state is scored that the guard would refuse
         weights = self._config.eval.weights
         self._write(
-            tick.examples, weights, tick.state.ema if weights == "ema" else tick.state.params
+            tick.examples, weights, tick.state.average if weights == "ema" else tick.state.params
         )
 
     def untrained(self, state: State) -> None:
@@ -152,7 +154,7 @@ class Evaluate(Hook):
         return evaluation.scores
 
 
-def flops_per_example(config: RunConfig, pretrained: build.Pretrained) -> float:
+def flops_per_example(config: RunConfig, pretrained: Pretrained) -> float:
     """Floating-point operations of the backbone in one training step, by example, whatever is recomputed."""
     side = config.data.size // pretrained.autoencoder.config.downsampling
     text_tokens = pretrained.text.tokenizers[0].max_length

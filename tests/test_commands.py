@@ -16,6 +16,7 @@ from ldm_jax import build, encode, evaluate, report, sample, train
 from ldm_jax.data.durable import alone_in
 from ldm_jax.flags import UsageError, parse
 from ldm_jax.parallel.mesh import MeshConfig
+from ldm_jax.pretrained import load_pretrained, pretrained_directory
 from ldm_jax.training import TrainingError
 from ldm_jax.training.checkpoints import Checkpoints
 
@@ -182,7 +183,7 @@ def test_a_directory_without_the_weights_is_refused(tmp_path):
 
 def test_a_tokenizer_that_does_not_fit_its_text_encoder_is_refused(tmp_path):
     assets = tmp_path / "assets"
-    shutil.copytree(build.pretrained_directory(runs.TINY), assets)
+    shutil.copytree(pretrained_directory(runs.TINY), assets)
     path = assets / "tokenizer" / "tokenizer_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"model_max_length": 80}))
     with pytest.raises(
@@ -249,14 +250,14 @@ def test_images_that_do_not_divide_over_the_levels_are_refused():
     data = dataclasses.replace(runs.TINY.data, size=72)
     backbone = dataclasses.replace(runs.TINY.backbone, channels=(16, 16), transformer_depth=(1, 1))
     config = dataclasses.replace(runs.TINY, data=data, backbone=backbone)
-    pretrained = build.load_pretrained(config, build.mesh_of(config))
+    pretrained = load_pretrained(config, build.mesh_of(config))
     with pytest.raises(ValueError, match="latents of 9 rows; this backbone takes a multiple of 2"):
         build.make_backbone(config, pretrained)
 
 
 def test_frozen_networks_lie_on_the_whole_mesh():
     mesh = build.mesh_of(runs.TINY)
-    pretrained = build.load_pretrained(runs.TINY, mesh)
+    pretrained = load_pretrained(runs.TINY, mesh)
     assert {leaf.sharding.mesh for leaf in jax.tree.leaves(pretrained.params)} == {mesh}
 
 

@@ -17,13 +17,18 @@ LAYERS = {
     "models": 2,
     **dict.fromkeys(("data", "metrics"), 3),
     **dict.fromkeys(("evals", "training"), 4),
-    **dict.fromkeys(("config", "build"), 5),
+    **dict.fromkeys(("config", "pretrained", "build"), 5),
     **dict.fromkeys(
         ("study", "train", "sample", "evaluate", "encode", "plan", "convert", "report"), 6
     ),
 }
 # importer: the siblings of its own layer that it may import
-SIBLINGS = {"flags": {"configuration"}, "build": {"config"}, "study": {"train", "evaluate", "plan"}}
+SIBLINGS = {
+    "flags": {"configuration"},
+    "pretrained": {"config"},
+    "build": {"config", "pretrained"},
+    "study": {"train", "evaluate", "plan"},
+}
 
 
 def imports(path: Path, module: str) -> list[tuple[int, str]]:

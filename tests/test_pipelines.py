@@ -16,8 +16,9 @@ from PIL import Image
 from safetensors.numpy import load_file
 
 from ldm_jax import build, convert, encode, sample, train
+from ldm_jax.config import RunConfig
 from ldm_jax.diffusion import initial_noise
-from ldm_jax.flags import parse
+from ldm_jax.flags import UsageError, parse
 from ldm_jax.models import weights
 from ldm_jax.models.clip import CLIPTextConfig
 from ldm_jax.models.networks import KINDS
@@ -25,9 +26,10 @@ from ldm_jax.models.pixart_config import PixArtConfig
 from ldm_jax.models.t5 import T5Config
 from ldm_jax.models.uvit_config import UViTConfig
 from ldm_jax.nn.functional import functional
+from ldm_jax.pretrained import load_pretrained, pretrained_directory
 
 T5_TOKENIZER = Path(__file__).parent / "goldens" / "t5_tokenizer"
-ASSETS = build.pretrained_directory(runs.TINY)
+ASSETS = pretrained_directory(runs.TINY)
 PROMPT = "a red circle"
 CLIP = CLIPTextConfig(
     hidden_size=32,
@@ -59,6 +61,12 @@ PIPELINES = {
 }
 
 
+@pytest.fixture(scope="module")
+def shelf(tmp_path_factory):
+    """Where directories stand that tests only read."""
+    return tmp_path_factory.mktemp("shelf")
+
+
 def save_text_encoder(directory, config, number):
     (kind,) = {kind for kind in KINDS.values() if kind.config is type(config)}
     init, _ = functional(lambda rngs: kind.module(config, rngs))
@@ -88,10 +96,9 @@ def config_of(name, directory, **changes):
     return dataclasses.replace(runs.TINY, **fields | changes)
 
 
-def converted(source, to):
-    convert.main(
-        parse([f"--from={source}", f"--to={to}"], add_flags=convert.add_flags, in_workdir=False)
-    )
+def converted(source, to, *words):
+    words = [f"--from={source}", f"--to={to}", *words]
+    convert.main(parse(words, add_flags=convert.add_flags, in_workdir=False))
 
 
 def drawn_by_diffusers(pipeline, config, noise):
@@ -134,12 +141,14 @@ def test_a_run_with_such_a_directory_becomes_a_pipeline_that_draws_the_same_imag
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_tensors_of_a_pipeline_come_out_bit_for_bit(tmp_path, dtype):
-    source = tmp_path / "sdxl"
+    source, first = tmp_path / "sdxl", tmp_path / "first"
     config_of("sdxl", source)
     (source / convert.INDEX).write_text("{}")
-    converted(source, tmp_path / "first")
-    half = [f"--from={tmp_path / 'first'}", f"--to={tmp_path / 'second'}", f"--dtype={dtype}"]
-    convert.main(parse(half, add_flags=convert.add_flags, in_workdir=False))
+    converted(source, first, "--max-shard-size=2e4")
+    assert all(
+        len(list((first / part).glob("*.safetensors"))) > 1 for part in ("vae", "text_encoder")
+    )
+    converted(first, tmp_path / "second", f"--dtype={dtype}")
     for path in source.rglob("*.safetensors"):
         before, after = load_file(path), load_file(tmp_path / "second" / path.relative_to(source))
         assert before.keys() == after.keys()
@@ -154,9 +163,11 @@ def test_what_cannot_be_converted_is_said_and_leaves_nothing(tmp_path):
     with pytest.raises(FileNotFoundError, match="is neither a run"):
         converted(tmp_path / "nothing", tmp_path / "to")
     assert not list(tmp_path.iterdir())
-    words = [f"--from={tmp_path}", f"--to={tmp_path / 'to'}", "--weights=raw"]
     with pytest.raises(ValueError, match="--weights=raw is for runs"):
-        convert.main(parse(words, add_flags=convert.add_flags, in_workdir=False))
+        converted(tmp_path, tmp_path / "to", "--weights=raw")
+    for size in ("5GB", "0", "nan", "inf"):
+        with pytest.raises(UsageError, match=f"'{size}' is no number of bytes from 1 on"):
+            converted(tmp_path, tmp_path / "to", f"--max-shard-size={size}")
     (tmp_path / "to").mkdir()
     with pytest.raises(ValueError, match="exists; give a directory that there is not yet"):
         converted(tmp_path, tmp_path / "to")
@@ -164,9 +175,59 @@ def test_what_cannot_be_converted_is_said_and_leaves_nothing(tmp_path):
 
 def test_a_pipeline_that_diffusers_does_not_have_is_said():
     config = dataclasses.replace(runs.TINY, backbone=UViTConfig(text_width=64))
-    text = build.load_pretrained(config, build.mesh_of(config)).text
+    text = load_pretrained(config, build.mesh_of(config)).text
     with pytest.raises(ValueError, match="no pipeline of a UViTConfig and CLIPTextConfig"):
         convert.model_index(config.backbone, text)
+
+
+def loaded(name, directory, precision):
+    config = config_of(name, directory, text_precision=precision)
+    return load_pretrained(config, build.mesh_of(config))
+
+
+def error(given, expected):
+    return np.max(np.abs(given.astype("float32") - expected)) / np.max(np.abs(expected))
+
+
+@pytest.mark.parametrize("name", TEXT)
+def test_text_in_bfloat16_is_near_that_in_float32_and_told_apart(shelf, name):
+    """Also from the same parameters, which files that hold bfloat16 give."""
+    full, half = (loaded(name, shelf / name, precision) for precision in ("float32", "bfloat16"))
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(half.text_params)} == {"bfloat16"}
+    rounded = jax.tree.map(lambda leaf: leaf.astype("float32"), half.text_params)
+    prints = map(weights.fingerprint, (full.text_params, half.text_params, rounded))
+    assert len(set(prints)) == 3
+    expected, given = (
+        jax.jit(pretrained.encode)(pretrained.params, pretrained.text([PROMPT, ""]))
+        for pretrained in (full, half)
+    )
+    for embedded in ("tokens", "pooled"):
+        if getattr(expected, embedded) is not None:
+            assert 0 < error(getattr(given, embedded), getattr(expected, embedded)) < 0.03
+    np.testing.assert_array_equal(given.mask, expected.mask)
+    np.testing.assert_array_equal(given.sizes, expected.sizes)
+
+
+@pytest.mark.parametrize("name", TEXT)
+def test_a_backbone_makes_its_own_precision_of_the_texts(shelf, name):
+    config = config_of(name, shelf / name)
+    contexts = {"float32": [], "bfloat16": []}
+    for pretrained in (loaded(name, shelf / name, precision) for precision in contexts):
+        cond = jax.eval_shape(pretrained.encode, pretrained.params, pretrained.text([PROMPT]))
+        for precision, prepared in contexts.items():
+            train = dataclasses.replace(config.train, precision=precision)
+            network = build.make_backbone(dataclasses.replace(config, train=train), pretrained)
+            params = jax.eval_shape(network.init, jax.random.key(0))
+            prepared.append(jax.eval_shape(build.prepare(network), params, cond))
+    assert all(first == second for first, second in contexts.values())
+    first, second = (jax.tree.leaves(each[0])[0] for each in contexts.values())
+    assert (first.dtype.name, second.dtype.name) == tuple(contexts)
+
+
+def test_a_precision_that_there_is_not_is_refused_by_name(tmp_path):
+    with pytest.raises(UsageError, match=r"text_precision.*float16.*float32, bfloat16"):
+        words = [f"--workdir={tmp_path}", runs.given(tmp_path), "--config.text_precision=float16"]
+        parse(words, RunConfig)
 
 
 @pytest.mark.parametrize(
@@ -177,9 +238,9 @@ def test_a_pipeline_that_diffusers_does_not_have_is_said():
         ("pixart", {"in_channels": 2}, "in_channels is 2, and the pretrained models have 4"),
     ],
 )
-def test_a_backbone_that_does_not_fit_the_directory_is_refused(tmp_path, name, changes, sentence):
+def test_a_backbone_that_does_not_fit_the_directory_is_refused(shelf, name, changes, sentence):
     backbone = dataclasses.replace(BACKBONES[name], **changes)
-    config = config_of(name, tmp_path / "pretrained", backbone=backbone)
-    pretrained = build.load_pretrained(config, build.mesh_of(config))
+    config = config_of(name, shelf / name, backbone=backbone)
+    pretrained = load_pretrained(config, build.mesh_of(config))
     with pytest.raises(ValueError, match=sentence):
         build.make_backbone(config, pretrained)

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from ldm_jax.evals.generation import Generate
-from ldm_jax.parallel.mesh import put_batch
+from ldm_jax.parallel import jit, put_batch
 from ldm_jax.types import Estimate, Images, OneTokens, Params, Tokens
 
 
@@ -78,9 +78,9 @@ class Evaluator:
             images = generate(params, frozen, rows["tokens"], empty, keys, guidance)
             return images, features(frozen, images, rows["read"])
 
-        self._run = jax.jit(run)
-        self._features = jax.jit(
-            lambda frozen, rows: features(frozen, rows["images"], rows["read"])
+        self._run = jit(run, mesh)
+        self._features = jit(
+            lambda frozen, rows: features(frozen, rows["images"], rows["read"]), mesh
         )
 
     def __call__(self, params: Params, frozen: Params, guidance: float) -> Evaluation:

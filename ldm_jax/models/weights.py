@@ -1,16 +1,24 @@
 """Weights in and out: directories as diffusers and transformers write them, read and written by one table of names."""
 
+import collections
+import contextlib
+import dataclasses
+import gc
 import hashlib
+import itertools
 import json
+import math
 import os
+import re
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import ml_dtypes  # noqa: F401  (teaches NumPy, and so safetensors, bfloat16)
 import numpy as np
+from jax.experimental import multihost_utils
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
@@ -19,7 +27,14 @@ from ldm_jax.types import Params
 
 STEMS = ("diffusion_pytorch_model", "model")
 DTYPES = ("float32", "float16")
+MAX_SHARD_SIZE = 10_000_000_000  # bytes: diffusers' default; readers take files of any size
 NAMED = 5  # tensors that an error message names before it only counts
+
+_INDEX = ".safetensors.index.json"
+_FP16_INDEX = ".safetensors.index.fp16.json"
+_WEIGHTS = re.compile(  # every file that holds weights, or lists those that do
+    rf"({'|'.join(STEMS)})(\.fp16)?(-\d+-of-\d+)?(\.fp16)?\.safetensors(\.index(\.fp16)?\.json)?"
+)
 
 
 def read_config(directory: str | os.PathLike) -> dict[str, Any]:
@@ -38,25 +53,33 @@ def load(
 ) -> Params:
     """The parameters in `directory`, with the structure, shapes and dtypes of `like` (ShapeDtypeStructs will do).
 
-    `shardings`, a tree like `like`, places each parameter on the devices as soon as it is read, so that the host holds
-    one parameter at a time. Full precision is preferred where the directory also has an fp16 variant.
+    `shardings`, a tree like `like`, says where each parameter lies: every device gets its part of it, and no more, as
+    soon as it is read, so that a host holds one parameter at a time beside those that are placed. Full precision is
+    preferred where the directory also has an fp16 variant.
 
     Raises FileNotFoundError without a file of weights, ValueError for a tensor that is missing, left over or of
     another shape.
     """
+    places = [] if shardings is None else [shardings]
+    return jax.tree.map(_placed, lazy(directory, like, names), *places)
+
+
+def lazy(directory: str | os.PathLike, like: Params, names: Names) -> Params:
+    """As `load`, but each leaf is read when it is made a NumPy array, and every time anew.
+
+    With them `save` copies networks that fit no host.
+    """
     stored = _Stored(Path(directory), names)
     expected = entries(like, names)
     stored.check(expected)
-    groups: dict[str, list[Entry]] = {}
+    parts: dict[str, list[Entry]] = {}
     for entry in expected:
-        groups.setdefault(entry.path, []).append(entry)
-    leaves, treedef = jax.tree.flatten(like)
-    places = [None] * len(leaves) if shardings is None else jax.tree.leaves(shardings)
-    placed = [
-        jax.device_put(stored.read(groups[path], leaf.dtype), place)
-        for path, leaf, place in zip(flatten(like), leaves, places, strict=True)
+        parts.setdefault(entry.path, []).append(entry)
+    leaves = [
+        _Unread(stored, parts[path], leaf.shape, np.dtype(leaf.dtype))
+        for path, leaf in flatten(like).items()
     ]
-    return jax.tree.unflatten(treedef, placed)
+    return jax.tree.unflatten(jax.tree.structure(like), leaves)
 
 
 def save(
@@ -66,36 +89,51 @@ def save(
     config: Mapping[str, Any],
     *,
     dtype: str = "float32",
+    max_shard_size: int = MAX_SHARD_SIZE,
 ) -> None:
-    """Writes `config.json` and one safetensors file, which `from_pretrained` of the class named in `config` opens.
+    """Writes `config.json` and safetensors files, which `from_pretrained` of the class named in `config` opens.
 
-    `config` is what the network's `to_diffusers` or `to_transformers` gives; `dtype` is float32 or float16.
-    A file that was there stays whole until the new one is.
+    `config` is what the network's `to_diffusers` or `to_transformers` gives; `dtype` is float32 or float16. What takes
+    more than `max_shard_size` bytes is divided into files that do not, with an index beside them; only a tensor that
+    is larger by itself makes a larger file. The host holds the tensors of one file at a time. Where parameters lie on
+    several hosts, all processes call this, and process 0 writes.
+
+    Weights that were there stay whole until the new ones are; then they go, whatever files they were in, fp16 variants
+    included.
+
+    Raises ValueError for another dtype, and for a size below 1.
     """
     if dtype not in DTYPES:
         raise ValueError(f"weights can be saved as {' or '.join(DTYPES)}, not as {dtype!r}")
-    flat = {path: np.asarray(leaf) for path, leaf in flatten(params).items()}
-    tensors = {}
-    for entry in entries(params, names):
-        array = flat[entry.path] if entry.layer is None else flat[entry.path][entry.layer]
-        tensors[entry.key] = np.asarray(to_theirs(array, entry.form), dtype, order="C")
-    directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
+    if max_shard_size < 1:
+        raise ValueError(f"max_shard_size is {max_shard_size} bytes; it is at least 1")
+    found = entries(params, names)
+    tensors = _tensors(params, found, dtype)
+    if jax.process_index():
+        collections.deque(tensors, maxlen=0)  # gathering them takes all processes
+        return
     stem = STEMS[0] if "_class_name" in config else STEMS[1]
-    text = json.dumps(dict(config), indent=2, sort_keys=True) + "\n"
-    _replace(directory / "config.json", lambda path: path.write_text(text))
-    metadata = {"format": "pt"}  # transformers refuses a file without it
-    file = directory / f"{stem}.safetensors"
-    _replace(file, lambda path: save_file(tensors, path, metadata))
-    shutil.copymode(directory / "config.json", file)  # save_file lets nobody else read it
+    sizes = {entry.key: math.prod(entry.shape) * np.dtype(dtype).itemsize for entry in found}
+    files = _divided(sizes, max_shard_size, stem)
+    with _replacing(Path(directory)) as unfinished:
+        described = _write_json(unfinished / "config.json", dict(config))
+        for name, keys in files.items():
+            metadata = {"format": "pt"}  # transformers refuses a file without it
+            save_file(dict(itertools.islice(tensors, len(keys))), unfinished / name, metadata)
+            shutil.copymode(described, unfinished / name)  # save_file lets nobody else read it
+        if len(files) > 1:
+            weight_map = {key: name for name, keys in files.items() for key in keys}
+            index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
+            _write_json(unfinished / f"{stem}{_INDEX}", index)
 
 
 def fingerprint(params: Params) -> str:
-    """16 hexadecimal digits that identify parameters: a digest of every path, shape and float32 value."""
+    """16 hexadecimal digits that identify parameters: a digest of every path, shape, dtype and value."""
     digest = hashlib.sha256()
     for path, leaf in sorted(flatten(params).items()):
-        array = np.asarray(leaf, np.float32, order="C")
-        digest.update(f"{path} {array.shape}\n".encode())
+        array = np.asarray(_on_host(leaf), np.float32, order="C")
+        dtype = "" if leaf.dtype == np.float32 else f" {leaf.dtype}"
+        digest.update(f"{path} {array.shape}{dtype}\n".encode())
         digest.update(array.tobytes())
     return digest.hexdigest()[:16]
 
@@ -135,15 +173,113 @@ class _Stored:
                 f"the weights in {self.directory} do not fit the network: they {', and '.join(faults)}"
             )
 
-    def read(self, parts: list[Entry], dtype: np.dtype) -> np.ndarray:
-        """One parameter, from the one tensor that it is or from the tensors of its layers."""
-        arrays = [self._read_one(entry, dtype) for entry in parts]
-        return arrays[0] if parts[0].layer is None else np.stack(arrays)
-
-    def _read_one(self, entry: Entry, dtype: np.dtype) -> np.ndarray:
+    def read(self, entry: Entry) -> np.ndarray:
+        """A parameter, or one layer of it."""
         handle, key = self.tensors[entry.key]
-        array = handle.get_tensor(key).reshape(entry.shape)
-        return to_ours(array, entry.form).astype(dtype)
+        return to_ours(handle.get_tensor(key).reshape(entry.shape), entry.form)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Unread:
+    """A parameter in a directory: the one tensor that it is, or the tensors of its layers."""
+
+    stored: _Stored
+    parts: list[Entry]
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        array = np.empty(self.shape, self.dtype)
+        for entry in self.parts:
+            array[... if entry.layer is None else entry.layer] = self.stored.read(entry)
+        return array if dtype is None else array.astype(dtype, copy=False)
+
+
+def _placed(leaf: _Unread, sharding: Any = None) -> jax.Array:
+    """The parameter on its devices; waits for them, so that it has left the host when the next one is read."""
+    array = np.asarray(leaf)
+    if sharding is None:
+        return jax.block_until_ready(jax.device_put(array))
+    placed = jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+    return jax.block_until_ready(placed)
+
+
+def _tensors(
+    params: Params, found: Sequence[Entry], dtype: str
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Key and content of every tensor; a parameter is fetched for the first of its own and dropped after the last."""
+    leaves = flatten(params)
+    for path, parts in itertools.groupby(found, lambda entry: entry.path):
+        yield from _tensors_of(_on_host(leaves[path]), parts, dtype)
+
+
+def _tensors_of(
+    array: np.ndarray, parts: Iterable[Entry], dtype: str
+) -> Iterator[tuple[str, np.ndarray]]:
+    for entry in parts:
+        part = array if entry.layer is None else array[entry.layer]
+        yield entry.key, np.asarray(to_theirs(part, entry.form), dtype, order="C")
+
+
+def _on_host(leaf: Any) -> np.ndarray:
+    """A whole parameter, of which the leaf itself keeps no copy; if hosts divide it, all of them call this."""
+    gc.collect(0)  # JAX drops what it gave to NumPy with Python's garbage, and no sooner
+    if not isinstance(leaf, jax.Array):
+        return np.asarray(leaf)
+    if not (leaf.is_fully_addressable or leaf.is_fully_replicated):
+        return multihost_utils.process_allgather(leaf, tiled=True)
+    parts = [shard.data for shard in leaf.addressable_shards]
+    # An array keeps what it gave to NumPy, and this one is not kept.
+    return np.asarray(jax.make_array_from_single_device_arrays(leaf.shape, leaf.sharding, parts))
+
+
+def _divided(sizes: Mapping[str, int], limit: int, stem: str) -> dict[str, list[str]]:
+    """The tensors' keys by file, in their order; one file if that is enough."""
+    shards: list[list[str]] = [[]]
+    total = 0
+    for key, size in sizes.items():
+        if shards[-1] and total + size > limit:
+            shards.append([])
+            total = 0
+        shards[-1].append(key)
+        total += size
+    if len(shards) == 1:
+        return {f"{stem}.safetensors": shards[0]}
+    count = len(shards)
+    return {f"{stem}-{i:05d}-of-{count:05d}.safetensors": keys for i, keys in enumerate(shards, 1)}
+
+
+@contextlib.contextmanager
+def _replacing(directory: Path) -> Iterator[Path]:
+    """A directory whose files, once they are written, replace the config and all weights in `directory`.
+
+    Some readers look for a single file first and others for an index. At any moment either finds old weights or new
+    ones, but for one: new shards may have the names of old ones, so between the two there is no index.
+    """
+    unfinished = directory / "weights.unfinished"
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    try:
+        yield unfinished
+        new = {path.name for path in unfinished.iterdir()}
+        old = {path.name for path in directory.iterdir() if _WEIGHTS.fullmatch(path.name)}
+        for name in filter(_is_index, old & new):
+            (directory / name).unlink()
+        for name in sorted(new, key=lambda name: (_is_index(name), name)):
+            (unfinished / name).replace(directory / name)
+        for name in sorted(old - new, key=_is_index, reverse=True):
+            (directory / name).unlink()
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _is_index(name: str) -> bool:
+    return ".safetensors.index" in name
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> Path:
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+    return path
 
 
 def _taps_aside(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -156,8 +292,8 @@ def _files(directory: Path) -> list[Path]:
     candidates = [
         f"{stem}{kind}"
         for kinds in (
-            (".safetensors", ".safetensors.index.json"),
-            (".fp16.safetensors", ".safetensors.index.fp16.json"),
+            (".safetensors", _INDEX),
+            (".fp16.safetensors", _FP16_INDEX),
         )
         for stem in STEMS
         for kind in kinds
@@ -197,9 +333,3 @@ def _listed(names: Iterable[str]) -> str:
     names = list(names)
     more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
     return ", ".join(names[:NAMED]) + more
-
-
-def _replace(path: Path, write: Callable[[Path], Any]) -> None:
-    unfinished = path.with_name(path.name + ".unfinished")
-    write(unfinished)
-    unfinished.replace(path)

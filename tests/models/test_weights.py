@@ -1,4 +1,16 @@
+import contextlib
+import importlib
+import itertools
 import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tracemalloc
+import types
+import warnings
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -10,10 +22,16 @@ from safetensors.numpy import load_file, save_file
 
 from ldm_jax.models import weights
 from ldm_jax.models.names import Names, entries
+from ldm_jax.models.networks import described
+from ldm_jax.nn.functional import functional
 
 CONFIG = {"_class_name": "AutoencoderKL"}
 FILE = "diffusion_pytorch_model.safetensors"
 HALF = "diffusion_pytorch_model.fp16.safetensors"
+INDEX = f"{FILE}.index.json"
+TOTAL = 624  # bytes of `some_params` in float32
+WHOLE = 10**9  # bytes of a file that holds all of it
+MEGABYTE = 2**20
 NAMES = Names(
     renames=(("out", "out.0"),),
     pointwise=("point",),
@@ -61,6 +79,20 @@ def assert_same(given, expected):
     jax.tree.map(np.testing.assert_array_equal, given, expected)
 
 
+def content(directory):
+    return {path.name: path.read_bytes() for path in directory.iterdir()}
+
+
+def tensors_of(directory):
+    """Of all files, whatever the index says."""
+    files = [load_file(path) for path in sorted(directory.glob("*.safetensors"))]
+    return dict(itertools.chain.from_iterable(file.items() for file in files))
+
+
+def data_mesh():
+    return jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+
+
 def test_tensors_have_the_names_and_layouts_of_torch(params, directory):
     tensors = load_file(directory / FILE)
     flat = jax.tree.map(np.asarray, params)
@@ -104,6 +136,153 @@ def test_shards_are_read_through_their_index(params, directory):
         weights.load(directory, params, NAMES)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("limit", [1, 100, 250])
+def test_what_is_larger_than_a_file_may_be_is_divided(params, directory, tmp_path, dtype, limit):
+    new = tmp_path / "new"
+    weights.save(new, params, NAMES, CONFIG, dtype=dtype, max_shard_size=limit)
+    index = json.loads((new / INDEX).read_text())
+    files = sorted(set(index["weight_map"].values()))
+    stem, count = FILE.removesuffix(".safetensors"), len(files)
+    assert files == [f"{stem}-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
+    assert content(new).keys() == {*files, INDEX, "config.json"}
+    parts = {file: load_file(new / file) for file in files}
+    assert index["weight_map"] == {key: file for file in files for key in parts[file]}
+    sizes = [sum(tensor.nbytes for tensor in part.values()) for part in parts.values()]
+    assert index["metadata"] == {"total_size": sum(sizes)}
+    assert all(
+        size <= limit or len(parts[file]) == 1 for file, size in zip(files, sizes, strict=True)
+    )
+    expected = {key: tensor.astype(dtype) for key, tensor in load_file(directory / FILE).items()}
+    assert_same(tensors_of(new), expected)
+
+
+@pytest.mark.parametrize(("dtype", "total"), [("float32", TOTAL), ("float16", TOTAL // 2)])
+def test_what_is_not_larger_is_one_file(params, tmp_path, dtype, total):
+    for limit, files in ((total, 1), (WHOLE, 1), (total - 1, 2)):
+        directory = tmp_path / str(limit)
+        weights.save(directory, params, NAMES, CONFIG, dtype=dtype, max_shard_size=limit)
+        assert len(list(directory.glob("*.safetensors"))) == files
+        assert (directory / INDEX).exists() == (files > 1)
+
+
+@pytest.mark.parametrize("size", [0, -1])
+def test_files_of_no_size_are_refused(params, tmp_path, size):
+    with pytest.raises(ValueError, match=f"max_shard_size is {size} bytes; it is at least 1"):
+        weights.save(tmp_path / "new", params, NAMES, CONFIG, max_shard_size=size)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("config", [CONFIG, {"model_type": "clip"}])
+@pytest.mark.parametrize("after", [WHOLE, 300, 1])
+@pytest.mark.parametrize("before", [WHOLE, 300, 1])
+def test_nothing_is_left_of_the_weights_that_were_there(params, tmp_path, before, after, config):
+    weights.save(tmp_path / "old", params, NAMES, config, max_shard_size=before)
+    (tmp_path / "old" / "README.md").write_text("kept")
+    stale = (
+        HALF,
+        "model.fp16-00001-of-00002.safetensors",
+        "diffusion_pytorch_model-00001-of-00007.fp16.safetensors",
+        "model.safetensors.index.fp16.json",
+    )
+    for name in stale:
+        (tmp_path / "old" / name).write_text("of something else")
+    new = jax.tree.map(lambda leaf: leaf + 1, params)
+    for directory in (tmp_path / "old", tmp_path / "new"):
+        weights.save(directory, new, NAMES, CONFIG, max_shard_size=after)
+    expected = content(tmp_path / "new")
+    assert content(tmp_path / "old") == {**expected, "README.md": b"kept"}
+
+
+@pytest.mark.parametrize(
+    ("before", "after"), [(WHOLE, WHOLE), (WHOLE, 300), (300, WHOLE), (1, 1), (1, 300)]
+)
+def test_at_no_moment_does_a_reader_find_a_mixture(params, tmp_path, monkeypatch, before, after):
+    """Diffusers looks for an index first, transformers and `load` for a single file."""
+    old, new = params, jax.tree.map(lambda leaf: leaf + 1, params)
+    weights.save(tmp_path / "old", old, NAMES, CONFIG, max_shard_size=before)
+    outcomes, dies = [], True
+    while dies:
+        directory = shutil.copytree(tmp_path / "old", tmp_path / str(len(outcomes)))
+        with dying_at(len(outcomes), monkeypatch) as death:
+            weights.save(directory, new, NAMES, CONFIG, max_shard_size=after)
+        dies = death.came
+        outcomes.append([reader(directory, old, new) for reader in (single_first, index_first)])
+    assert outcomes[0] == ["old", "old"] and outcomes[-1] == ["new", "new"]
+    both_divided = max(before, after) < TOTAL
+    expected = {"old", "new", "nothing"} if both_divided else {"old", "new"}
+    assert set(itertools.chain(*outcomes)) == expected
+
+
+@contextlib.contextmanager
+def dying_at(moment, monkeypatch):
+    """The process dies, as it were, instead of its so-manieth renaming or removal of a file."""
+    death, left = types.SimpleNamespace(came=False), itertools.count(moment, -1)
+
+    def counted(step):
+        def call(self, *arguments, **options):
+            if next(left) == 0:
+                death.came = True
+                raise KeyboardInterrupt
+            return step(self, *arguments, **options)
+
+        return call
+
+    with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
+        for step in ("replace", "unlink"):
+            patch.setattr(Path, step, counted(getattr(Path, step)))
+        yield death
+
+
+def single_first(directory, old, new):
+    try:
+        found = weights.load(directory, old, NAMES)
+    except FileNotFoundError:
+        return "nothing"
+    is_old, is_new = (
+        all(jax.tree.leaves(jax.tree.map(np.array_equal, found, tree))) for tree in (old, new)
+    )
+    assert is_old or is_new
+    return "old" if is_old else "new"
+
+
+def index_first(directory, old, new):
+    if (directory / INDEX).exists():
+        (directory / FILE).unlink(missing_ok=True)
+    return single_first(directory, old, new)
+
+
+def test_parameters_that_devices_divide_are_written_whole_and_leave_nothing_on_the_host(tmp_path):
+    """A host holds the tensors of one file, and a parameter that it is about to convert."""
+    rng, place = np.random.default_rng(0), NamedSharding(data_mesh(), PartitionSpec(None, "data"))
+    arrays = {str(i): {"kernel": rng.normal(size=(256, 1024)).astype("f")} for i in range(16)}
+    params = jax.block_until_ready(jax.device_put(arrays, place))
+    tracemalloc.start()
+    weights.save(tmp_path, params, Names(), CONFIG, max_shard_size=4 * MEGABYTE)
+    left, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert left < 2 * MEGABYTE and 4 * MEGABYTE < peak < 7 * MEGABYTE  # of 16
+    assert_same(tensors_of(tmp_path), {f"{i}.weight": arrays[i]["kernel"].T for i in arrays})
+
+
+@pytest.mark.parametrize("stored", ["float32", "float16"])
+def test_copying_a_directory_holds_a_file_at_a_time(tmp_path, stored):
+    rng = np.random.default_rng(0)
+    params = {"a": {"layers": {"block": {"kernel": rng.normal(size=(16, 512, 512)).astype("f")}}}}
+    params |= {str(i): {"kernel": rng.normal(size=(512, 512)).astype("f")} for i in range(16)}
+    first, second = tmp_path / "first", tmp_path / "second"
+    weights.save(first, params, Names(), CONFIG, dtype=stored)
+    like = jax.eval_shape(lambda: params)
+    tracemalloc.start()
+    unread = weights.lazy(first, like, Names())
+    weights.save(second, unread, Names(), CONFIG, max_shard_size=4 * MEGABYTE)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < (16 + 4 + 2.5) * MEGABYTE  # the stacked parameter, the file, and a tensor
+    assert len(list(second.glob("*.safetensors"))) == 8
+    assert_same(weights.load(second, like, Names()), weights.load(first, like, Names()))
+
+
 def test_full_precision_is_preferred_and_half_is_enough(params, directory):
     half = jax.tree.map(lambda leaf: leaf.astype(jnp.float16).astype(jnp.float32), params)
     weights.save(directory / "half", params, NAMES, CONFIG, dtype="float16")
@@ -134,12 +313,31 @@ def test_keys_of_old_files_are_understood_and_constants_skipped(params, director
 
 
 def test_parameters_are_placed_as_asked(params, directory):
-    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-    places = jax.tree.map(lambda _: NamedSharding(mesh, PartitionSpec()), params)
+    places = jax.tree.map(lambda _: NamedSharding(data_mesh(), PartitionSpec()), params)
     loaded = weights.load(directory, params, NAMES, shardings=places)
     assert_same(loaded, params)
     for leaf, place in zip(jax.tree.leaves(loaded), jax.tree.leaves(places), strict=True):
         assert leaf.sharding == place
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_every_device_gets_its_part_and_the_host_holds_one_parameter(tmp_path, dtype):
+    rng, place = np.random.default_rng(0), NamedSharding(data_mesh(), PartitionSpec(None, "data"))
+    params = {str(i): {"kernel": rng.normal(size=(512, 512)).astype("f")} for i in range(16)}
+    weights.save(tmp_path, params, Names(), CONFIG, max_shard_size=8 * MEGABYTE)
+    like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), params)
+    places = jax.tree.map(lambda _: place, params)
+    tracemalloc.start()
+    loaded = weights.load(tmp_path, like, Names(), shardings=places)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    # Of 16: the parameter, the tensor that it is read from, and parts that JAX has not let go yet.
+    assert peak < 4 * MEGABYTE
+    for name, leaf in loaded.items():
+        expected, leaf = params[name]["kernel"].astype(dtype), leaf["kernel"]
+        assert (leaf.sharding, leaf.dtype) == (place, dtype)
+        for i, shard in enumerate(leaf.addressable_shards):
+            np.testing.assert_array_equal(shard.data, expected[:, 64 * i : 64 * (i + 1)])
 
 
 @pytest.mark.parametrize(
@@ -187,15 +385,24 @@ def test_broken_files_are_refused(params, directory):
         weights.read_config(directory)
 
 
-def test_a_save_that_fails_leaves_the_file_that_was_there(params, directory, monkeypatch):
+@pytest.mark.parametrize("after", [WHOLE, 300])
+@pytest.mark.parametrize("before", [WHOLE, 300])
+def test_a_save_that_fails_leaves_the_files_that_were_there(
+    params, tmp_path, monkeypatch, before, after
+):
+    weights.save(tmp_path, params, NAMES, CONFIG, max_shard_size=before)
+    expected = content(tmp_path)
+
     def full_disk(tensors, path, metadata):
         path.write_bytes(b"half of it")
-        raise OSError("no space left on device")
+        if path.name == FILE or "00002" in path.name:
+            raise OSError("no space left on device")
 
     monkeypatch.setattr(weights, "save_file", full_disk)
+    zeros = jax.tree.map(jnp.zeros_like, params)
     with pytest.raises(OSError, match="no space"):
-        weights.save(directory, jax.tree.map(jnp.zeros_like, params), NAMES, CONFIG)
-    assert_same(weights.load(directory, params, NAMES), params)
+        weights.save(tmp_path, zeros, NAMES, {**CONFIG, "new": 1}, max_shard_size=after)
+    assert content(tmp_path) == expected
 
 
 def test_only_dtypes_that_diffusers_reads_without_being_told_are_written(params, tmp_path):
@@ -210,8 +417,7 @@ def test_two_parameters_cannot_have_one_name():
 
 
 def test_fingerprints_tell_parameters_apart_and_nothing_else(params):
-    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-    elsewhere = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
+    elsewhere = jax.device_put(params, NamedSharding(data_mesh(), PartitionSpec()))
     backwards = dict(reversed(params.items()))
     same = {weights.fingerprint(tree) for tree in (params, elsewhere, backwards)}
     assert len(same) == 1
@@ -221,4 +427,117 @@ def test_fingerprints_tell_parameters_apart_and_nothing_else(params):
     reshaped = {**params, "temperature": params["temperature"][None]}
     others = {weights.fingerprint(tree) for tree in (renamed, nudged, reshaped)}
     assert len(same | others) == 4
+    half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
+    same_values = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), half)
+    others |= {weights.fingerprint(tree) for tree in (half, same_values)}
+    assert len(same | others) == 6
     assert all(len(digest) == 16 and int(digest, 16) >= 0 for digest in same | others)
+
+
+def opened(directory):
+    """Kind, config, and parameters of what a directory holds."""
+    kind, config = described(directory)
+    init, _ = functional(lambda rngs: kind.module(config, rngs))
+    like = jax.eval_shape(init, jax.random.key(0))
+    return kind, config, weights.load(directory, like, kind.names(config))
+
+
+def opened_by_them(library, directory, **options):
+    """What the library of the class that the directory names makes of it."""
+    pytest.importorskip("torch")
+    values = weights.read_config(directory)
+    name = values.get("_class_name") or values["architectures"][0]
+    if any("fp16" in path.name for path in directory.iterdir()):
+        options["variant"] = "fp16"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        pytest.importorskip(library)
+        kind = getattr(importlib.import_module(library), name)
+        return kind.from_pretrained(directory, **options)
+
+
+NETWORKS = [("diffusers", "kl"), ("transformers", "clip_text"), ("transformers", "t5")]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize(("library", "name"), NETWORKS)
+def test_diffusers_and_transformers_open_our_shards(goldens, tmp_path, library, name, dtype):
+    kind, config, params = opened(goldens / name)
+    names, values = kind.names(config), kind.write(config)
+    weights.save(tmp_path, params, names, values, dtype=dtype, max_shard_size=2000)
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    model, report = opened_by_them(library, tmp_path, output_loading_info=True)
+    assert not any(report.values()), report
+    first, second = (
+        {key: tensor.numpy().astype(dtype) for key, tensor in model.state_dict().items()}
+        for model in (model, opened_by_them(library, goldens / name))
+    )
+    assert_same(first, second)
+
+
+@pytest.mark.parametrize(("library", "name"), NETWORKS)
+def test_shards_of_diffusers_and_transformers_are_read(goldens, tmp_path, library, name):
+    _, _, params = opened(goldens / name)
+    opened_by_them(library, goldens / name).save_pretrained(tmp_path, max_shard_size="2KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    assert_same(opened(tmp_path)[2], params)
+
+
+PROCESS = """
+import sys
+from pathlib import Path
+import jax
+from jax.sharding import NamedSharding, PartitionSpec
+from ldm_jax.models import weights
+from ldm_jax.models.networks import described
+from ldm_jax.nn.functional import functional
+
+number, address, source, to = sys.argv[1:]
+jax.distributed.initialize(address, 2, int(number))
+kind, config = described(Path(source))
+init, _ = functional(lambda rngs: kind.module(config, rngs))
+like = jax.eval_shape(init, jax.random.key(0))
+mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+
+def place(leaf):
+    divided = bool(leaf.shape) and leaf.shape[-1] % 4 == 0
+    axes = [None] * (leaf.ndim - 1) + ["data"] if divided else []
+    return NamedSharding(mesh, PartitionSpec(*axes))
+
+names, places = kind.names(config), jax.tree.map(place, like)
+params = weights.load(source, like, names, shardings=places)
+assert any(not leaf.is_fully_replicated for leaf in jax.tree.leaves(params))
+weights.save(to, params, names, kind.write(config), max_shard_size=5000)
+print(weights.fingerprint(params))
+"""
+
+
+@pytest.mark.slow
+def test_parameters_that_processes_divide_are_read_and_written(goldens, tmp_path):
+    with socket.socket() as server:
+        server.bind(("localhost", 0))
+        address = f"localhost:{server.getsockname()[1]}"
+    words = [address, str(goldens / "t5"), str(tmp_path)]
+    flags = "--xla_force_host_platform_device_count=2"
+    path = str(Path(weights.__file__).parents[2])
+    environment = {**os.environ, "XLA_FLAGS": flags, "PYTHONPATH": path}
+    environment.pop("JAX_COMPILATION_CACHE_DIR", None)  # it is one process's
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", PROCESS, str(number), *words],
+            env=environment,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for number in range(2)
+    ]
+    try:
+        outputs = [process.communicate(timeout=300)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0, 0]
+    _, _, params = opened(goldens / "t5")
+    assert {text.splitlines()[-1] for text in outputs} == {weights.fingerprint(params)}
+    assert_same(opened(tmp_path)[2], params)
+    assert_same(tensors_of(tmp_path), load_file(goldens / "t5" / "model.safetensors"))

@@ -64,7 +64,7 @@ def test_an_unknown_topology_is_said():
 SCANS = """
 import jax, jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
-from ldm_jax.parallel import MeshConfig, make_mesh
+from ldm_jax.parallel import MeshConfig, compiler_options, make_mesh
 from ldm_jax.parallel.aot import cycles, topology
 
 mesh = make_mesh(MeshConfig(data=1), topology("v5p:2x2x1")[:1])
@@ -73,7 +73,7 @@ matrix = jax.ShapeDtypeStruct((1024, 1024), jnp.bfloat16, sharding=NamedSharding
 def repeated(length):
     def program(x, w):
         return jax.lax.scan(lambda x, _: (jnp.tanh(x @ w), None), x, None, length=length)[0]
-    return cycles(jax.jit(program).lower(matrix, matrix).compile().as_text())
+    return cycles(jax.jit(program).lower(matrix, matrix).compile(compiler_options(mesh)).as_text())
 
 print(*map(repeated, (8, 16, 32)))
 """
