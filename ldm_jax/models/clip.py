@@ -55,8 +55,7 @@ class TowerConfig:
             )
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
-                f"hidden_size {self.hidden_size} is not a multiple of "
-                f"num_attention_heads {self.num_attention_heads}"
+                f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads {self.num_attention_heads}"
             )
 
     @classmethod
@@ -396,6 +395,5 @@ def preprocess(
         images = jnp.clip(jax.image.resize(images, shape, "cubic", antialias=True), -1, 1)
     top, left = ((side - size) // 2 for side in images.shape[1:3])
     images = images[:, top : top + size, left : left + size]
-    return (images * 0.5 + 0.5 - jnp.array(mean)[None, None, None]) / jnp.array(std)[
-        None, None, None
-    ]
+    mean, std = (jnp.array(channels)[None, None, None] for channels in (mean, std))
+    return (images * 0.5 + 0.5 - mean) / std

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from ldm_jax.models import names
 
@@ -45,6 +45,7 @@ class PixArtConfig:
     size_conditioning: bool = False  # the network is told height and width, as at 1024 pixels
     dtype: str = "float32"  # of the computation; train.precision sets it
     remat: str = "none"  # what is recomputed in the backward pass: none, full, dots
+    pooled_width: ClassVar[int] = 0  # the pooled text does not condition it
 
     def __post_init__(self) -> None:
         parts = {"heads": self.num_heads, "sines and cosines of rows and columns": 4}
@@ -66,11 +67,6 @@ class PixArtConfig:
     def predicted_channels(self) -> int:
         """Channels of what the network returns."""
         return self.in_channels
-
-    @property
-    def pooled_width(self) -> int:
-        """The pooled text does not condition it."""
-        return 0
 
     @property
     def multiple(self) -> int:

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from ldm_jax.models.names import Names, check_fixed
 
@@ -33,6 +33,7 @@ class UViTConfig:
     sample_size: int = 32  # side of the latents that the positions are learned for
     dtype: str = "float32"  # of the computation; train.precision sets it
     remat: str = "none"  # what is recomputed in the backward pass: none, full, dots
+    pooled_width: ClassVar[int] = 0  # the pooled text does not condition it
 
     def __post_init__(self) -> None:
         if self.depth < 2 or self.depth % 2:
@@ -48,11 +49,6 @@ class UViTConfig:
     def predicted_channels(self) -> int:
         """Channels of what the network returns."""
         return self.out_channels
-
-    @property
-    def pooled_width(self) -> int:
-        """The pooled text does not condition it."""
-        return 0
 
     @property
     def multiple(self) -> int:

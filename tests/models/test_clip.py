@@ -10,6 +10,7 @@ import numpy as np
 import optax
 import pytest
 from PIL import Image
+from specimens import drawn, error, outputs_of
 
 from ldm_jax.models import clip, names, weights
 from ldm_jax.nn.functional import functional
@@ -77,18 +78,9 @@ def answers(apply, params, name, given):
     return apply(params, given["tokens" if "text" in name else "images"])._asdict()
 
 
-def outputs(directory):
-    with np.load(directory / "outputs.npz") as file:
-        return dict(file)
-
-
-def error(ours, theirs):
-    return np.max(np.abs(ours - theirs)) / np.max(np.abs(theirs))
-
-
 @pytest.mark.parametrize("name", CLASSES)
 def test_networks_answer_as_transformers_do(transformers_answers, name):
-    expected = outputs(transformers_answers / name)
+    expected = outputs_of(transformers_answers / name)
     _, params, apply = opened(transformers_answers, name)
     given = answers(apply, params, name, expected)
     compared = set(expected) - {"tokens", "images"}
@@ -99,7 +91,7 @@ def test_networks_answer_as_transformers_do(transformers_answers, name):
 
 @pytest.mark.parametrize("name", ["clip_text", "clip_vision_projected"])
 def test_bfloat16_stays_near_float32(name):
-    expected = outputs(GOLDENS / name)
+    expected = outputs_of(GOLDENS / name)
     _, params, apply = opened(GOLDENS, name, dtype="bfloat16")
     given = answers(apply, params, name, expected)
     for output in set(expected) - {"tokens", "images"}:
@@ -152,26 +144,18 @@ def test_old_files_with_stored_positions_load(tmp_path):
     )
 
 
-def drawn(make):
-    """A network with random weights, drawn by NumPy because the initialiser takes seconds to compile."""
-    init, apply = functional(make)
-    rng = np.random.default_rng(0)
-    like = jax.eval_shape(init, jax.random.key(0))
-    return jax.tree.map(lambda leaf: rng.normal(0, 0.3, leaf.shape).astype(np.float32), like), apply
-
-
 def test_outputs_do_not_depend_on_later_tokens():
-    params, apply = drawn(lambda rngs: clip.CLIPText(TEXT, rngs))
+    params, apply = drawn(TEXT)
     tokens = jnp.array([[38, 1, 2, 3, 4, 5, 6, 7, 39], [38, 1, 2, 3, 9, 9, 9, 39, 39]])
-    last = jax.jit(apply)(params, tokens).last
+    last = apply(params, tokens).last
     np.testing.assert_allclose(last[0, :4], last[1, :4], atol=1e-6)
     assert np.min(np.max(np.abs(last[0, 4:] - last[1, 4:]), axis=-1)) > 1e-3
 
 
 def test_what_comes_after_the_end_token_does_not_change_the_features():
-    params, apply = drawn(lambda rngs: clip.CLIP(BOTH, rngs))
+    params, apply = drawn(BOTH)
     tokens = jnp.array([[38, 1, 2, 39, 39, 39, 39, 39, 39], [38, 1, 2, 39, 0, 0, 5, 6, 7]])
-    ended = jax.jit(lambda params: apply(params, tokens, method="text_features"))(params)
+    ended = apply(params, tokens, method="text_features")
     np.testing.assert_allclose(ended[0], ended[1], atol=1e-6)
 
 
@@ -261,11 +245,10 @@ def test_bad_configs_are_refused(values, sentence):
 
 
 def test_inputs_of_another_size_are_refused():
-    init, apply = functional(lambda rngs: clip.CLIP(BOTH, rngs))
-    params = jax.eval_shape(init, jax.random.key(0))
+    params, apply = drawn(BOTH)
     for method, given, sentence in (
         ("text_features", jnp.zeros((1, 10), jnp.int32), "10 tokens a caption"),
         ("image_features", jnp.zeros((1, 8, 8, 3)), "takes \\(16, 16\\)"),
     ):
         with pytest.raises(ValueError, match=sentence):
-            jax.eval_shape(lambda params: apply(params, given, method=method), params)  # noqa: B023
+            apply(params, given, method=method)
