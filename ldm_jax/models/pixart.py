@@ -4,7 +4,6 @@ Weights start as DiT's (Peebles and Xie 2022, arXiv:2212.09748) and PixArt's do:
 and what the network returns are zero.
 """
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -14,8 +13,8 @@ from flax import nnx
 from jaxtyping import Float
 
 from ldm_jax.models.pixart_config import EPSILON, SINUSOIDS, PixArtConfig
-from ldm_jax.models.unet_attention import Attention, KeysValues, Mask, StackedKeysValues
-from ldm_jax.nn.layers import linear, sinusoids, zeros
+from ldm_jax.models.unet_attention import StackedKeysValues
+from ldm_jax.nn.layers import MLP, Attention, KeysValues, Mask, linear, sinusoids, zeros
 from ldm_jax.nn.stack import Stack
 from ldm_jax.types import Arr, Cond, Latent, PerExample
 
@@ -42,41 +41,6 @@ class PixArtContext(NamedTuple):
     sizes: Float[Arr, "B D"] | None
 
 
-class MLP(nnx.Module):
-    """Two linear layers with an activation between them: of the time, the sizes, the text, and every block."""
-
-    def __init__(
-        self,
-        widths: tuple[int, int, int],
-        activation: Callable[[jax.Array], jax.Array],
-        *,
-        kernel_init: nnx.Initializer = SMALL,
-        dtype: str,
-        rngs: nnx.Rngs,
-    ) -> None:
-        inputs, hidden, outputs = widths
-        options = {"kernel_init": kernel_init, "dtype": dtype, "rngs": rngs}
-        self.linear_1 = linear(inputs, hidden, **options)
-        self.linear_2 = linear(hidden, outputs, **options)
-        self.activation = activation
-
-    def __call__(self, x: Float[Arr, "*B _"]) -> Float[Arr, "*B _"]:
-        return self.linear_2(self.activation(self.linear_1(x)))
-
-
-class BiasedAttention(Attention):
-    """Multi-head attention between tokens of one width, with a bias on every projection."""
-
-    def __init__(
-        self, width: int, num_heads: int, out_init: nnx.Initializer, dtype: str, rngs: nnx.Rngs
-    ) -> None:
-        inits = (XAVIER, XAVIER, XAVIER, out_init)
-        self.to_q, self.to_k, self.to_v, self.to_out = (
-            linear(width, width, kernel_init=init, dtype=dtype, rngs=rngs) for init in inits
-        )
-        self.num_heads = num_heads
-
-
 class Block(nnx.Module):
     """Attention to the image itself, to the text, and a feed-forward layer, section 2.3 of the paper.
 
@@ -85,12 +49,12 @@ class Block(nnx.Module):
     """
 
     def __init__(self, config: PixArtConfig, rngs: nnx.Rngs) -> None:
-        width, num_heads, dtype = config.width, config.num_heads, config.dtype
+        width, num_heads = config.width, config.num_heads
+        options = {"kernel_init": XAVIER, "dtype": config.dtype, "rngs": rngs}
         self.scale_shift_table = _table(6, width, rngs)
-        self.attn1 = BiasedAttention(width, num_heads, XAVIER, dtype, rngs)
-        self.attn2 = BiasedAttention(width, num_heads, zeros, dtype, rngs)
-        widths = (width, 4 * width, width)
-        self.ff = MLP(widths, nnx.gelu, kernel_init=XAVIER, dtype=dtype, rngs=rngs)
+        self.attn1 = Attention(width, width, num_heads, use_bias=True, **options)
+        self.attn2 = Attention(width, width, num_heads, use_bias=True, out_init=zeros, **options)
+        self.ff = MLP(width, 4 * width, width, nnx.gelu, **options)
 
     def __call__(
         self, x: Hidden, modulation: Float[Arr, "B six D"], text: KeysValues, mask: Mask
@@ -99,7 +63,7 @@ class Block(nnx.Module):
         parts = _parts(self.scale_shift_table[...][None] + modulation)
         shift, scale, gate, ff_shift, ff_scale, ff_gate = parts
         h = modulated(x, shift, scale)
-        x = (x + gate * self.attn1(h, self.attn1.keys_values(h))).astype(x.dtype)
+        x = (x + gate * self.attn1(h)).astype(x.dtype)
         x += self.attn2(x, text, mask)
         return (x + ff_gate * self.ff(modulated(x, ff_shift, ff_scale))).astype(x.dtype)
 
@@ -129,8 +93,8 @@ class PixArt(nnx.Module):
             self.aspect_ratio_embedding = _embedding(width // 3, rngs)
         self.modulation = linear(width, 6 * width, kernel_init=SMALL, dtype="float32", rngs=rngs)
         if config.caption_mlp:
-            widths = (config.text_width, width, width)
-            self.caption_projection = MLP(widths, nnx.gelu, dtype=dtype, rngs=rngs)
+            options = {"kernel_init": SMALL, "dtype": dtype, "rngs": rngs}
+            self.caption_projection = MLP(config.text_width, width, width, nnx.gelu, **options)
         self.transformer_blocks = Stack(
             lambda rngs: Block(config, rngs), config.depth, rngs, config.remat
         )
@@ -235,7 +199,7 @@ def positions(rows: int, columns: int, base: float, width: int) -> Float[Arr, "N
 
 
 def _embedding(outputs: int, rngs: nnx.Rngs) -> MLP:
-    return MLP((SINUSOIDS, outputs, outputs), nnx.silu, dtype="float32", rngs=rngs)
+    return MLP(SINUSOIDS, outputs, outputs, kernel_init=SMALL, dtype="float32", rngs=rngs)
 
 
 def _table(parts: int, width: int, rngs: nnx.Rngs) -> nnx.Param:

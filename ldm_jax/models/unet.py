@@ -11,19 +11,15 @@ from einops import rearrange
 from flax import nnx
 from jaxtyping import Float
 
-from ldm_jax.models.unet_attention import (
-    JointAttention,
-    KeysValues,
-    Mask,
-    StackedKeysValues,
-    Transformer,
-)
+from ldm_jax.models.unet_attention import JointAttention, StackedKeysValues, Transformer
 from ldm_jax.models.unet_config import DEEPFLOYD, EPSILON, UNetConfig
 from ldm_jax.nn.layers import (
+    MLP,
     Downsample,
-    Embedding,
     GroupNorm,
+    KeysValues,
     Map,
+    Mask,
     ResBlock,
     Upsample,
     conv3x3,
@@ -154,12 +150,12 @@ class UNet(nnx.Module):
 
     def __init__(self, config: UNetConfig, rngs: nnx.Rngs) -> None:
         channels, depths, dtype = config.channels, config.transformer_depth, config.dtype
+        time = config.time_width
         last = len(channels) - 1
         self.conv_in = conv3x3(config.in_channels, channels[0], dtype=dtype, rngs=rngs)
-        self.time_embedding = Embedding(channels[0], config.time_width, dtype=dtype, rngs=rngs)
+        self.time_embedding = MLP(channels[0], time, time, dtype=dtype, rngs=rngs)
         if config.pooled_width:
-            inputs = config.added_width
-            self.add_embedding = Embedding(inputs, config.time_width, dtype=dtype, rngs=rngs)
+            self.add_embedding = MLP(config.added_width, time, time, dtype=dtype, rngs=rngs)
         self.down_blocks = nnx.List(
             [
                 DownBlock(inputs, outputs, depth, i == last, config, rngs)

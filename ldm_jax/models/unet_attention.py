@@ -6,44 +6,29 @@ Either prepares the keys and values of the text once per prompt, and takes them 
 import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 
 from ldm_jax.models.unet_config import EPSILON, UNetConfig
 from ldm_jax.nn.attention import attention
-from ldm_jax.nn.layers import GroupNorm, Map, dense, from_heads, gelu, into_heads, linear, zeros
+from ldm_jax.nn.layers import (
+    Attention,
+    GroupNorm,
+    KeysValues,
+    Map,
+    Mask,
+    dense,
+    from_heads,
+    gelu,
+    into_heads,
+    linear,
+    zeros,
+)
 from ldm_jax.nn.stack import Stack
 from ldm_jax.types import Arr
 
 TRANSFORMER_EPSILON = 1e-6
 
-Mask = Bool[Arr, "B L"] | None
-KeysValues = tuple[Float[Arr, "B L _ _"], Float[Arr, "B L _ _"]]
 StackedKeysValues = tuple[Float[Arr, "B _ L _ _"], Float[Arr, "B _ L _ _"]]
-
-
-class Attention(nnx.Module):
-    """Multi-head attention of `width` to tokens of `source_width`, without biases but for the last."""
-
-    def __init__(
-        self, width: int, source_width: int, num_heads: int, dtype: str, rngs: nnx.Rngs
-    ) -> None:
-        self.to_q = linear(width, width, use_bias=False, dtype=dtype, rngs=rngs)
-        self.to_k = linear(source_width, width, use_bias=False, dtype=dtype, rngs=rngs)
-        self.to_v = linear(source_width, width, use_bias=False, dtype=dtype, rngs=rngs)
-        self.to_out = linear(width, width, dtype=dtype, rngs=rngs)
-        self.num_heads = num_heads
-
-    def keys_values(self, source: Float[Arr, "B L E"]) -> KeysValues:
-        return tuple(into_heads(layer, source, self.num_heads) for layer in (self.to_k, self.to_v))
-
-    def __call__(
-        self,
-        x: Float[Arr, "B N D"],
-        keys_values: KeysValues,
-        mask: Mask = None,
-    ) -> Float[Arr, "B N D"]:
-        q_BNKA = into_heads(self.to_q, x, self.num_heads)
-        return from_heads(self.to_out, attention(q_BNKA, *keys_values, mask=mask))
 
 
 class GEGLU(nnx.Module):
@@ -75,13 +60,12 @@ class TransformerBlock(nnx.Module):
         self.norm1, self.norm2, self.norm3 = (
             nnx.LayerNorm(width, epsilon=EPSILON, dtype=dtype, rngs=rngs) for _ in range(3)
         )
-        self.attn1 = Attention(width, width, num_heads, dtype, rngs)
-        self.attn2 = Attention(width, text_width, num_heads, dtype, rngs)
+        self.attn1 = Attention(width, width, num_heads, dtype=dtype, rngs=rngs)
+        self.attn2 = Attention(width, text_width, num_heads, dtype=dtype, rngs=rngs)
         self.ff = GEGLU(width, dtype, rngs)
 
     def __call__(self, x: Float[Arr, "B N D"], text: KeysValues, mask: Mask) -> Float[Arr, "B N D"]:
-        h = self.norm1(x)
-        x += self.attn1(h, self.attn1.keys_values(h))
+        x += self.attn1(self.norm1(x))
         x += self.attn2(self.norm2(x), text, mask)
         return x + self.ff(self.norm3(x))
 

@@ -12,8 +12,7 @@ from flax import nnx
 from jaxtyping import Bool, Float
 
 from ldm_jax.models.uvit_config import EPSILON, UViTConfig
-from ldm_jax.nn.attention import attention
-from ldm_jax.nn.layers import conv3x3, from_heads, into_heads, linear, sinusoids
+from ldm_jax.nn.layers import Attention, conv3x3, gelu, linear, sinusoids
 from ldm_jax.nn.stack import Stack, rematerialised
 from ldm_jax.types import Arr, Cond, Latent, PerExample
 
@@ -32,37 +31,20 @@ class UViTContext(NamedTuple):
     concat: Latent | None
 
 
-class SelfAttention(nnx.Module):
-    """Multi-head attention between all tokens, without biases but for the last."""
-
-    def __init__(self, config: UViTConfig, rngs: nnx.Rngs) -> None:
-        width = config.width
-        self.to_q, self.to_k, self.to_v = (
-            _linear(width, width, config, rngs, use_bias=False) for _ in range(3)
-        )
-        self.to_out = _linear(width, width, config, rngs)
-        self.num_heads = config.num_heads
-
-    def __call__(self, x_BMD: Sequence, mask: Mask) -> Sequence:
-        q, k, v = (
-            into_heads(layer, x_BMD, self.num_heads) for layer in (self.to_q, self.to_k, self.to_v)
-        )
-        return from_heads(self.to_out, attention(q, k, v, mask=mask))
-
-
 class Block(nnx.Module):
     """A pre-norm transformer block."""
 
     def __init__(self, config: UViTConfig, rngs: nnx.Rngs) -> None:
         inner = config.mlp_ratio * config.width
         self.norm1, self.norm2 = (_layer_norm(config, rngs) for _ in range(2))
-        self.attn = SelfAttention(config, rngs)
+        options = {"kernel_init": INIT, "dtype": config.dtype, "rngs": rngs}
+        self.attn = Attention(config.width, config.width, config.num_heads, **options)
         self.expand = _linear(config.width, inner, config, rngs)
         self.contract = _linear(inner, config.width, config, rngs)
 
     def __call__(self, x_BMD: Sequence, mask: Mask) -> Sequence:
-        x_BMD += self.attn(self.norm1(x_BMD), mask)
-        h_BMF = nnx.gelu(self.expand(self.norm2(x_BMD)), approximate=False)
+        x_BMD += self.attn(self.norm1(x_BMD), mask=mask)
+        h_BMF = gelu(self.expand(self.norm2(x_BMD)))
         return x_BMD + self.contract(h_BMF)
 
 
@@ -168,12 +150,8 @@ def _visible(mask: Bool[Arr, "B L"] | None, num_image_tokens: int) -> Mask:
     return jnp.pad(mask, ((0, 0), (1, num_image_tokens)), constant_values=True)
 
 
-def _linear(
-    inputs: int, outputs: int, config: UViTConfig, rngs: nnx.Rngs, use_bias: bool = True
-) -> nnx.Linear:
-    return linear(
-        inputs, outputs, use_bias=use_bias, kernel_init=INIT, dtype=config.dtype, rngs=rngs
-    )
+def _linear(inputs: int, outputs: int, config: UViTConfig, rngs: nnx.Rngs) -> nnx.Linear:
+    return linear(inputs, outputs, kernel_init=INIT, dtype=config.dtype, rngs=rngs)
 
 
 def _layer_norm(config: UViTConfig, rngs: nnx.Rngs) -> nnx.LayerNorm:

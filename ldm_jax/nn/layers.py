@@ -1,4 +1,4 @@
-"""The convolutional layers that the autoencoder and the UNet share; attributes are named as diffusers names them."""
+"""The layers that networks share; attributes are named as diffusers names them."""
 
 import math
 from collections.abc import Callable
@@ -8,13 +8,16 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange, reduce, repeat
 from flax import nnx
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 
 from ldm_jax.nn.attention import attention
 from ldm_jax.types import Arr, PerExample
 
 Map = Float[Arr, "B _ _ _"]  # rows, columns, channels
+KeysValues = tuple[Float[Arr, "B L _ _"], Float[Arr, "B L _ _"]]
+Mask = Bool[Arr, "B L"] | None
 zeros = nnx.initializers.zeros
+LECUN = nnx.initializers.lecun_normal()
 
 
 class GroupNorm(nnx.Module):
@@ -111,7 +114,7 @@ def conv3x3(
     rngs: nnx.Rngs,
     strides: int = 1,
     padding: tuple[int, int] = (1, 1),
-    kernel_init: nnx.Initializer = nnx.initializers.lecun_normal(),
+    kernel_init: nnx.Initializer = LECUN,
 ) -> nnx.Conv:
     """A 3x3 convolution whose `padding` (before, after) is that of rows and of columns."""
     return nnx.Conv(
@@ -186,7 +189,7 @@ class ResBlock(nnx.Module):
         dtype: str,
         rngs: nnx.Rngs,
     ) -> None:
-        last_init = zeros if time_width else nnx.initializers.lecun_normal()
+        last_init = zeros if time_width else LECUN
         self.norm1 = GroupNorm(inputs, num_groups, epsilon, dtype=dtype)
         self.conv1 = conv3x3(inputs, outputs, dtype=dtype, rngs=rngs)
         if time_width:
@@ -234,15 +237,66 @@ class PixelAttention(nnx.Module):
         return x + self.to_out(attention(q, k, v)[:, :, 0]).reshape(x.shape)
 
 
-class Embedding(nnx.Module):
-    """Two linear layers with a SiLU between them; diffusers' TimestepEmbedding."""
+class Attention(nnx.Module):
+    """Multi-head attention of tokens of `width` to tokens of `source_width`, in two steps, of which the first is kept.
 
-    def __init__(self, inputs: int, outputs: int, *, dtype: str, rngs: nnx.Rngs) -> None:
-        self.linear_1 = linear(inputs, outputs, dtype=dtype, rngs=rngs)
-        self.linear_2 = linear(outputs, outputs, dtype=dtype, rngs=rngs)
+    `use_bias` is of the queries, keys and values; the last projection has a bias anyway. `out_init` initialises its
+    kernel where that is not `kernel_init`.
+    """
 
-    def __call__(self, x: Float[Arr, "B _"]) -> Float[Arr, "B T"]:
-        return self.linear_2(nnx.silu(self.linear_1(x)))
+    def __init__(
+        self,
+        width: int,
+        source_width: int,
+        num_heads: int,
+        *,
+        use_bias: bool = False,
+        kernel_init: nnx.Initializer = LECUN,
+        out_init: nnx.Initializer | None = None,
+        dtype: str,
+        rngs: nnx.Rngs,
+    ) -> None:
+        options = {"use_bias": use_bias, "kernel_init": kernel_init, "dtype": dtype, "rngs": rngs}
+        self.to_q = linear(width, width, **options)
+        self.to_k = linear(source_width, width, **options)
+        self.to_v = linear(source_width, width, **options)
+        out_init = out_init or kernel_init
+        self.to_out = linear(width, width, kernel_init=out_init, dtype=dtype, rngs=rngs)
+        self.num_heads = num_heads
+
+    def keys_values(self, source: Float[Arr, "B L E"]) -> KeysValues:
+        return tuple(into_heads(layer, source, self.num_heads) for layer in (self.to_k, self.to_v))
+
+    def __call__(
+        self, x: Float[Arr, "B N D"], keys_values: KeysValues | None = None, mask: Mask = None
+    ) -> Float[Arr, "B N D"]:
+        """Attends to what `keys_values` made of the source, or without it to `x` itself."""
+        k, v = self.keys_values(x) if keys_values is None else keys_values
+        q = into_heads(self.to_q, x, self.num_heads)
+        return from_heads(self.to_out, attention(q, k, v, mask=mask))
+
+
+class MLP(nnx.Module):
+    """Two linear layers with an activation between them; diffusers' TimestepEmbedding, PixArtAlphaTextProjection."""
+
+    def __init__(
+        self,
+        inputs: int,
+        hidden: int,
+        outputs: int,
+        activation: Callable[[jax.Array], jax.Array] = nnx.silu,
+        *,
+        kernel_init: nnx.Initializer = LECUN,
+        dtype: str,
+        rngs: nnx.Rngs,
+    ) -> None:
+        options = {"kernel_init": kernel_init, "dtype": dtype, "rngs": rngs}
+        self.linear_1 = linear(inputs, hidden, **options)
+        self.linear_2 = linear(hidden, outputs, **options)
+        self.activation = activation
+
+    def __call__(self, x: Float[Arr, "*B _"]) -> Float[Arr, "*B _"]:
+        return self.linear_2(self.activation(self.linear_1(x)))
 
 
 def sinusoids(told: PerExample, width: int) -> Float[Arr, "B {width}"]:

@@ -103,7 +103,11 @@ def inputs(config):
     x, tokens = draw(4, 6, config.in_channels), draw(5, config.text_width)
     mask = np.arange(5)[None] < np.array([[5], [3], [1]])
     sizes = rng.uniform(20, 600, size=(3, 6)).astype("f")
-    return x, np.linspace(0, 900, 3, dtype="f"), Cond(tokens, mask, draw(config.pooled_width), sizes)
+    return (
+        x,
+        np.linspace(0, 900, 3, dtype="f"),
+        Cond(tokens, mask, draw(config.pooled_width), sizes),
+    )
 
 
 def answer(apply, params, x, told, cond):

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
+from specimens import error, outputs_of
 
 from ldm_jax.models import weights
 from ldm_jax.models.kl import AutoencoderKL, KLConfig
@@ -36,11 +37,6 @@ SD3 = {
 }
 
 
-def outputs_of(directory):
-    with np.load(directory / "outputs.npz") as file:
-        return dict(file)
-
-
 @functools.cache
 def opened(directory, dtype="float32"):
     config = KLConfig.from_diffusers(weights.read_config(directory), dtype)
@@ -58,10 +54,6 @@ def answers(apply, params, given):
         return {"mean": mean, "logvar": logvar, "decoded": decoded, "mode": mode}
 
     return both(params, given["images"], given["latents"])
-
-
-def error(ours, theirs):
-    return np.max(np.abs(ours - theirs)) / np.max(np.abs(theirs))
 
 
 def test_it_encodes_and_decodes_as_diffusers_does(diffusers_answers):

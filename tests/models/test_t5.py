@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
+from specimens import error, outputs_of
 
 from ldm_jax.models import weights
 from ldm_jax.models.t5 import T5Config, T5Encoder, relative_buckets
@@ -43,11 +44,6 @@ def directory(request, goldens, tmp_path_factory):
     return new / "t5"
 
 
-def outputs_of(directory):
-    with np.load(directory / "outputs.npz") as file:
-        return dict(file)
-
-
 @functools.cache
 def encoder(config):
     init, apply = functional(lambda rngs: T5Encoder(config, rngs))
@@ -58,10 +54,6 @@ def opened(directory, dtype="float32"):
     config = T5Config.from_transformers(weights.read_config(directory), dtype)
     like, apply = encoder(config)
     return config, weights.load(directory, like, config.names), apply
-
-
-def error(ours, theirs):
-    return np.max(np.abs(ours - theirs)) / np.max(np.abs(theirs))
 
 
 def test_it_answers_as_transformers_does(directory):

@@ -6,8 +6,8 @@ import scipy.stats
 from flax import nnx
 
 from ldm_jax.nn.layers import (
+    MLP,
     Downsample,
-    Embedding,
     GroupNorm,
     PixelAttention,
     ResBlock,
@@ -131,7 +131,7 @@ def test_sinusoids_are_points_on_circles_that_turn_more_and_more_slowly():
 
 
 def test_the_time_embedding_tells_neighbouring_steps_apart():
-    embed = drawn(lambda rngs: Embedding(16, 8, dtype="float32", rngs=rngs))
+    embed = drawn(lambda rngs: MLP(16, 8, 8, dtype="float32", rngs=rngs))
     vectors = np.asarray(embed(sinusoids(jnp.arange(100.0), 16)))
     assert vectors.shape == (100, 8)
     assert np.min(np.linalg.norm(np.diff(vectors, axis=0), axis=-1)) > 1e-2

@@ -172,7 +172,9 @@ def test_without_an_average_the_parameters_stand_in_for_it():
         return toy.loss(params, ema, *rest)
 
     state, _ = advanced(make_step(loss, tx, KEY, ema=0), 3, start=start)
-    kept, _ = advanced(make_step(toy.loss, tx, KEY, ema=100), 3, start=init_state(toy.init, tx, KEY))
+    kept, _ = advanced(
+        make_step(toy.loss, tx, KEY, ema=100), 3, start=init_state(toy.init, tx, KEY)
+    )
     assert shown == [True] and state.ema is None and state.average is state.params
     jax.tree.map(np.testing.assert_array_equal, state.params, kept.params)
     assert kept.average is kept.ema
