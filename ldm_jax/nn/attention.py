@@ -4,12 +4,16 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 from jaxtyping import Array, Bool, Float
 
-from ldm_jax.nn.splash import divides, platform, splash
+from ldm_jax.nn.platform import num_devices, platform
+from ldm_jax.nn.splash import divides, splash
 from ldm_jax.types import Arr
 
 SPLASH_QUERIES = 1024  # from so many on scores are worth keeping out of memory
+CHUNKED_SCORES = 2**18  # as many of a head are, on CPUs
+CHUNK = 2**20  # scores that these take at a time: 4 MB, which their caches hold
 
 Q = Float[Array, "B N K A"]
 KV = Float[Array, "B L K A"]
@@ -37,7 +41,7 @@ def attention(
     inputs: that of the mesh in force (`jax.set_mesh`), else the default backend. Raises ValueError for another
     name, and whatever a forced implementation raises for inputs that it does not support.
     """
-    name = _best(q, k, mask, bias) if implementation == "auto" else implementation
+    name = _best(q, k, mask, bias, causal) if implementation == "auto" else implementation
     if name not in IMPLEMENTATIONS:
         raise ValueError(
             f"attention implementation is {name!r}; it can be auto, {', '.join(IMPLEMENTATIONS)}"
@@ -46,16 +50,17 @@ def attention(
     return IMPLEMENTATIONS[name](q, k, v, mask, bias, causal, scale)
 
 
-def _best(q: Q, k: KV, mask: Mask, bias: Bias) -> str:
+def _best(q: Q, k: KV, mask: Mask, bias: Bias, causal: bool) -> str:
     """cuDNN refuses float32 and odd head widths, and in training a mask or a bias over an odd number of keys."""
     half, width = q.dtype in (jnp.bfloat16, jnp.float16), q.shape[-1]
-    if not half or bias is not None:
-        return "xla"
+    alike, many = mask is None and bias is None, q.shape[1] * k.shape[1] >= CHUNKED_SCORES
     match platform():
-        case "gpu" if width % 8 == 0 and width <= 128 and mask is None:
+        case "gpu" if half and width % 8 == 0 and width <= 128 and alike:
             return "cudnn"
-        case "tpu" if width <= 256 and q.shape[1] >= SPLASH_QUERIES and divides(q):
-            return "splash"
+        case "tpu" if half and width <= 256 and q.shape[1] >= SPLASH_QUERIES and bias is None:
+            return "splash" if divides(q) else "xla"
+        case "cpu" if alike and not causal and many and num_devices() == 1:
+            return "chunked"
     return "xla"
 
 
@@ -74,6 +79,30 @@ def _xla(q: Q, k: KV, v: KV, mask: Mask, bias: Bias, causal: bool, scale: float)
     total_BKN1 = jnp.sum(weight_BKNL, axis=-1, keepdims=True)
     out_BKNA = jnp.matmul(weight_BKNL.astype(v.dtype), v_BKLA, preferred_element_type=jnp.float32)
     return jnp.moveaxis((out_BKNA / total_BKN1).astype(q.dtype), 1, 2)
+
+
+def _chunked(q: Q, k: KV, v: KV, mask: Mask, bias: Bias, causal: bool, scale: float) -> Q:
+    """`_xla` for one head and some of its queries at a time, CHUNK scores, which the caches of CPUs hold.
+
+    The backward pass computes them again (Rabe & Staats 2021, arXiv:2112.05682). Raises ValueError where not every
+    query sees all keys alike.
+    """
+    if mask is not None or bias is not None or causal:
+        raise ValueError("attention 'chunked' takes no mask and no bias and is not causal; use xla")
+    B, N = q.shape[:2]
+    num_chunks = -(-N * k.shape[1] // CHUNK)
+    padding = -N % num_chunks
+    q = jnp.pad(q, ((0, 0), (0, padding), (0, 0), (0, 0)))
+    chunks = rearrange(q, "B (chunks n) K A -> (B K) chunks 1 n 1 A", chunks=num_chunks)
+    k, v = (rearrange(x, "B L K A -> (B K) 1 L 1 A") for x in (k, v))
+
+    def of_head(head: tuple[Array, Array, Array]) -> Array:
+        chunks, k, v = head
+        attend = lambda q: _xla(q, k, v, None, None, False, scale)  # noqa: E731
+        return jax.lax.map(jax.checkpoint(attend, prevent_cse=False), chunks)
+
+    out = jax.lax.map(of_head, (chunks, k, v))
+    return rearrange(out, "(B K) chunks 1 n 1 A -> B (chunks n) K A", B=B)[:, :N]
 
 
 def _hide(score_BKNL: Float[Array, "B K N L"], mask: Mask, causal: bool) -> Float[Array, "B K N L"]:
@@ -99,6 +128,7 @@ def _cudnn(q: Q, k: KV, v: KV, mask: Mask, bias: Bias, causal: bool, scale: floa
 
 IMPLEMENTATIONS: dict[str, Callable[[Q, KV, KV, Mask, Bias, bool, float], Q]] = {
     "xla": _xla,
+    "chunked": _chunked,
     "cudnn": _cudnn,
     "splash": splash,
 }

@@ -11,11 +11,13 @@ from flax import nnx
 from jaxtyping import Bool, Float
 
 from ldm_jax.nn.attention import attention
+from ldm_jax.nn.platform import platform
 from ldm_jax.types import Arr, PerExample
 
 Map = Float[Arr, "B _ _ _"]  # rows, columns, channels
 KeysValues = tuple[Float[Arr, "B L _ _"], Float[Arr, "B L _ _"]]
 Mask = Bool[Arr, "B L"] | None
+UNFOLDED = 256  # pixels of a batch of maps that CPUs take as one product of matrices
 zeros = nnx.initializers.zeros
 LECUN = nnx.initializers.lecun_normal()
 
@@ -115,9 +117,9 @@ def conv3x3(
     strides: int = 1,
     padding: tuple[int, int] = (1, 1),
     kernel_init: nnx.Initializer = LECUN,
-) -> nnx.Conv:
+) -> "Conv":
     """A 3x3 convolution whose `padding` (before, after) is that of rows and of columns."""
-    return nnx.Conv(
+    return Conv(
         inputs,
         outputs,
         kernel_size=(3, 3),
@@ -127,6 +129,21 @@ def conv3x3(
         dtype=dtype,
         rngs=rngs,
     )
+
+
+class Conv(nnx.Conv):
+    """Flax's; small maps on CPUs are unfolded for one product of matrices, which takes half the time there."""
+
+    def __call__(self, x: Map) -> Map:
+        small = math.prod(x.shape[:3]) <= UNFOLDED and self.strides == (1, 1)
+        if platform() != "cpu" or not small:
+            return super().__call__(x)
+        rows, columns = (size - 1 for size in self.kernel_size)
+        (H, W), x = x.shape[1:3], jnp.pad(x, ((0, 0), *self.padding, (0, 0)))
+        taps = [x[:, i:, j:] for i in range(rows + 1) for j in range(columns + 1)]
+        unfolded = jnp.concatenate([tap[:, :H, :W] for tap in taps], axis=-1)
+        kernel = rearrange(self.kernel[...], "rows columns C D -> (rows columns C) D")
+        return dense(unfolded, kernel, self.bias[...], self.dtype)
 
 
 def doubled(x: Map) -> Map:

@@ -13,23 +13,17 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Shaped
 
+from ldm_jax.nn.platform import num_devices, platform
 from ldm_jax.types import BATCH_AXES, HEAD_AXIS, Arr
 
 BLOCK = 128  # tokens that the kernel takes at a time, and multiples of it
 AREA = 2**20  # scores that it computes at a time, about
 
 
-def platform() -> str:
-    """The platform of the mesh in force, or else the default one."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    return device.platform if device else jax.default_backend()
-
-
 def divides(q: Shaped[Array, "B N K A"]) -> bool:
     """Whether examples and heads divide over the mesh in force, or without one there is one device only."""
-    if jax.sharding.get_abstract_mesh().empty:
-        return jax.device_count() == 1
-    return _division(q) is not None
+    there_is_none = jax.sharding.get_abstract_mesh().empty
+    return num_devices() == 1 if there_is_none else _division(q) is not None
 
 
 def splash(

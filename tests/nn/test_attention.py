@@ -88,6 +88,19 @@ def test_splash_takes_no_bias():
         attention(*draw(), bias=BIAS, implementation="splash")
 
 
+def test_chunks_are_the_whole_in_values_and_gradients(monkeypatch):
+    """Of three queries each, the last one partly padding."""
+    monkeypatch.setattr(module, "CHUNK", 21)
+    given, expected = (answer_and_gradient(name) for name in ("chunked", "xla"))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), given, expected)
+
+
+@pytest.mark.parametrize("hidden", [{"mask": MASK}, {"bias": BIAS}, {"causal": True}])
+def test_chunks_are_for_queries_that_see_all_keys_alike(hidden):
+    with pytest.raises(ValueError, match="'chunked' takes no mask and no bias"):
+        attention(*draw(), **hidden, implementation="chunked")
+
+
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_half_precision_rounds_only_inputs_weights_and_result(dtype):
     q, k, v = draw(num_keys=64, dtype=dtype)
@@ -160,6 +173,14 @@ def test_auto_takes_splash_on_tpus_for_many_tokens(taken, monkeypatch):
     assert taken(*many) == "xla"
 
 
+def test_auto_takes_chunks_on_one_cpu_for_many_scores(taken, monkeypatch):
+    assert taken(*draw(512, 512)) == "xla"  # on the eight devices of these tests
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    assert taken(*draw(512, 512)) == taken(*draw(4096, 77)) == "chunked"
+    assert taken(*draw(256, 256)) == taken(*draw(512, 512), causal=True) == "xla"
+    assert taken(*draw(512, 512), mask=np.ones((2, 512), bool)) == "xla"
+
+
 def a_mesh(**sizes):
     types = (jax.sharding.AxisType.Auto,) * len(sizes)
     return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=types)
@@ -207,5 +228,5 @@ def test_auto_takes_cudnn_only_where_it_can_run(taken, monkeypatch):
 
 
 def test_unknown_implementations_are_refused():
-    with pytest.raises(ValueError, match="'flash'; it can be auto, xla, cudnn, splash"):
+    with pytest.raises(ValueError, match="'flash'; it can be auto, xla, chunked, cudnn, splash"):
         attention(*draw(), implementation="flash")

@@ -5,6 +5,7 @@ import pytest
 import scipy.stats
 from flax import nnx
 
+from ldm_jax.nn import layers
 from ldm_jax.nn.layers import (
     MLP,
     Downsample,
@@ -12,6 +13,7 @@ from ldm_jax.nn.layers import (
     PixelAttention,
     ResBlock,
     Upsample,
+    conv3x3,
     gelu,
     sinusoids,
 )
@@ -77,6 +79,24 @@ def test_gelu_is_the_input_times_the_normal_distributions_function():
     half = jnp.asarray(x, jnp.bfloat16)
     truth = np.asarray(half, np.float64) * scipy.stats.norm.cdf(np.asarray(half, np.float64))
     np.testing.assert_allclose(np.asarray(gelu(half), np.float64), truth, rtol=2**-8, atol=5e-4)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_an_unfolded_convolution_is_a_convolution_in_value_and_gradient(monkeypatch, dtype):
+    module = drawn(lambda rngs: conv3x3(4, 6, dtype=dtype, rngs=rngs))
+    graph, state = nnx.split(module)
+    x = jnp.asarray(RNG.normal(size=(2, 5, 3, 4)), "f")
+
+    def answer_and_gradient(unfolded):
+        monkeypatch.setattr(layers, "UNFOLDED", unfolded)
+        call = lambda state, x: nnx.merge(graph, state)(x).astype("f")  # noqa: E731
+        loss = lambda state, x: jnp.sum(jnp.sin(call(state, x)))  # noqa: E731
+        return call(state, x), jax.grad(loss, argnums=(0, 1))(state, x)
+
+    assert "conv_general_dilated" not in str(jax.make_jaxpr(module)(x))
+    tolerance = {"float32": 1e-4, "bfloat16": 0.2}[dtype]
+    close = lambda a, b: np.testing.assert_allclose(a, b, atol=tolerance)  # noqa: E731
+    jax.tree.map(close, answer_and_gradient(30), answer_and_gradient(29))
 
 
 def test_upsampling_with_the_identity_as_convolution_repeats_pixels():
