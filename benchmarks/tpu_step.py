@@ -12,7 +12,6 @@ Needs jax[tpu]; a step of 866 M parameters takes minutes to compile.
 import argparse
 import collections
 import dataclasses
-import functools
 import math
 import os
 import re
@@ -21,18 +20,13 @@ import time
 os.environ["JAX_PLATFORMS"] = "cpu"
 
 import jax
-import jax.numpy as jnp
+from abstract_step import abstract_step
 from jax.sharding import NamedSharding, PartitionSpec
 
-from ldm_jax.diffusion import ScaledLinear, eps, make_loss
-from ldm_jax.models.networks import MODULES
 from ldm_jax.models.sizes import backbone
-from ldm_jax.nn.functional import functional
 from ldm_jax.parallel import MeshConfig, compiler_options, make_mesh
 from ldm_jax.parallel.aot import instructions, topology
 from ldm_jax.parallel.mesh import peak_flops
-from ldm_jax.training import OptimizerConfig, abstract_state, make_optimizer, make_step
-from ldm_jax.types import Batch, Cond
 
 CLOCK = 1.75e9  # cycles a second of a v5p
 REACHED = 0.4  # of the peak, by the kernels
@@ -48,25 +42,11 @@ def compiled_step(arguments):
     mesh = make_mesh(MeshConfig(data=1), [device])
     config = backbone(arguments.size)
     config = dataclasses.replace(config, dtype="bfloat16", remat=arguments.remat)
-    network = functional(lambda rngs: MODULES[type(config)](config, rngs))
-    prepare = functools.partial(network.apply, method="prepare")
-    loss = make_loss(network.apply, prepare, schedule=ScaledLinear(), prediction=eps)
-    tx = make_optimizer(OptimizerConfig(), batch_size=arguments.batch, examples=10**9)
-    step = make_step(loss, tx, jax.random.key(0), ema=0)
     whole = NamedSharding(mesh, PartitionSpec())
-    place = lambda tree: jax.tree.map(lambda _: whole, tree)  # noqa: E731
-    state = abstract_state(network.init, tx, place, ema=False)
-    shape = functools.partial(jax.ShapeDtypeStruct, sharding=whole)
-    rows, side = arguments.batch, arguments.side or config.sample_size
-    batch = Batch(
-        latents=shape((rows, side, side, config.in_channels), jnp.float32),
-        text=Cond(shape((rows, 77, config.text_width), jnp.bfloat16)),
-        weight=shape((rows,), jnp.float32),
-        index=shape((rows,), jnp.uint32),
-    )
+    step, given = abstract_step(config, arguments.batch, arguments.side, place=whole)
     options = {} if arguments.defaults else compiler_options(mesh)
     with jax.set_mesh(mesh):
-        return jax.jit(step, donate_argnums=0).lower(state, {}, batch).compile(options), device
+        return jax.jit(step, donate_argnums=0).lower(*given).compile(options), device
 
 
 def kernel_flops(instruction):
