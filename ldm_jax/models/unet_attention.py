@@ -3,6 +3,7 @@
 Either prepares the keys and values of the text once per prompt, and takes them back for every image.
 """
 
+import jax
 import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
@@ -23,6 +24,7 @@ from ldm_jax.nn.layers import (
     linear,
     zeros,
 )
+from ldm_jax.nn.platform import platform
 from ldm_jax.nn.stack import Stack
 from ldm_jax.types import Arr
 
@@ -39,16 +41,16 @@ class GEGLU(nnx.Module):
         self.contract = linear(4 * width, width, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Float[Arr, "B N D"]) -> Float[Arr, "B N D"]:
-        # Two products by the halves of the kernel: their results are never written side by side.
-        value, gate = (
-            dense(x, kernel, bias, self.expand.dtype)
-            for kernel, bias in zip(
-                jnp.split(self.expand.kernel[...], 2, axis=-1),
-                jnp.split(self.expand.bias[...], 2),
-                strict=True,
-            )
-        )
+        whole = platform() == "cpu"
+        value, gate = jnp.split(self.expand(x), 2, axis=-1) if whole else self._halves(x)
         return self.contract(value * gelu(gate))
+
+    def _halves(self, x: Float[Arr, "B N D"]) -> list[jax.Array]:
+        """Two products by the halves of the kernel: their results are never written side by side."""
+        kernels = jnp.split(self.expand.kernel[...], 2, axis=-1)
+        biases = jnp.split(self.expand.bias[...], 2)
+        pairs = zip(kernels, biases, strict=True)
+        return [dense(x, kernel, bias, self.expand.dtype) for kernel, bias in pairs]
 
 
 class TransformerBlock(nnx.Module):

@@ -74,7 +74,9 @@ def into_heads(
 
 
 def from_heads(layer: nnx.Linear, x: Float[Arr, "B L K A"]) -> Float[Arr, "B L D"]:
-    """`layer` of heads side by side, as `into_heads` without a transpose."""
+    """`layer` of heads side by side, as `into_heads` without a transpose; CPUs would rather have it."""
+    if platform() == "cpu":
+        return layer(rearrange(x, "B L K A -> B L (K A)"))
     x, kernel, bias = _cast(layer, x)
     y = jnp.einsum("BLKA,KAD->BLD", x, rearrange(kernel, "(K A) D -> K A D", K=x.shape[2]))
     return y if bias is None else y + bias[None, None]

@@ -1,9 +1,14 @@
 import json
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 from specimens import SMALL, drawn, inputs
 
+from ldm_jax.models import unet_attention
 from ldm_jax.models.unet_config import UNetConfig
+from ldm_jax.nn.functional import functional
 
 # The config.json of what was released, as far as it differs from diffusers' defaults.
 SD1 = {
@@ -108,3 +113,14 @@ def test_a_middle_that_diffusers_cannot_express_is_not_written():
     config = UNetConfig(transformer_depth=(1, 1, 1, 2), mid_depth=1)
     with pytest.raises(ValueError, match="one depth for the middle and the lowest level"):
         config.to_diffusers()
+
+
+def test_a_gated_layer_is_the_same_on_every_platform(monkeypatch):
+    init, apply = functional(lambda rngs: unet_attention.GEGLU(8, "float32", rngs))
+    params = init(jax.random.key(0))
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 5, 8)), "f")
+    answers = []
+    for name in ("cpu", "tpu"):
+        monkeypatch.setattr(unet_attention, "platform", lambda name=name: name)
+        answers.append(apply(params, x))
+    np.testing.assert_allclose(*answers, rtol=1e-5, atol=1e-6)

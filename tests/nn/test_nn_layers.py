@@ -81,6 +81,17 @@ def test_gelu_is_the_input_times_the_normal_distributions_function():
     np.testing.assert_allclose(np.asarray(gelu(half), np.float64), truth, rtol=2**-8, atol=5e-4)
 
 
+def test_layers_of_heads_are_the_layers_on_every_platform(monkeypatch):
+    layer = drawn(lambda rngs: layers.linear(6, 6, rngs=rngs))
+    x = jnp.asarray(RNG.normal(size=(2, 5, 6)), "f")
+    heads = x.reshape(2, 5, 3, 2)
+    for name in ("cpu", "tpu"):
+        monkeypatch.setattr(layers, "platform", lambda name=name: name)
+        np.testing.assert_allclose(layers.from_heads(layer, heads), layer(x), rtol=1e-5, atol=1e-5)
+        split = layers.into_heads(layer, x, 3).reshape(2, 5, 6)
+        np.testing.assert_allclose(split, layer(x), rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_an_unfolded_convolution_is_a_convolution_in_value_and_gradient(monkeypatch, dtype):
     module = drawn(lambda rngs: conv3x3(4, 6, dtype=dtype, rngs=rngs))
