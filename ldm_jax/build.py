@@ -21,16 +21,15 @@ from ldm_jax.evals.generation import Generate, make_generate
 from ldm_jax.evals.prompts import Prompts, read_prompts
 from ldm_jax.metrics.clip_score import CLIPScore
 from ldm_jax.models import weights
+from ldm_jax.models.axes import TABLE
 from ldm_jax.models.networks import MODULES
 from ldm_jax.nn.functional import Functional, functional
-from ldm_jax.parallel import REPLICATED, jit, make_mesh, put_batch, shardings
+from ldm_jax.parallel import batch_share, jit, put_same, replicated, shardings
 from ldm_jax.pretrained import Pretrained
 from ldm_jax.training import State, abstract_state, init_state, make_optimizer, make_step
 from ldm_jax.training.checkpoints import Checkpoints
 from ldm_jax.training.step import Step
 from ldm_jax.types import Batch, Cond, Params
-
-TABLE, RULES = ((".*", REPLICATED),), {}
 
 
 def make_backbone(config: RunConfig, pretrained: Pretrained) -> Functional:
@@ -91,7 +90,7 @@ def make_training(
     )
     train = config.train
     tx = make_optimizer(config.optimizer, batch_size=train.batch, examples=train.examples)
-    place = functools.partial(shardings, table=TABLE, rules=RULES, mesh=mesh)
+    place = functools.partial(shardings, table=TABLE, rules=config.mesh.pairs, mesh=mesh)
     step = make_step(loss, tx, key(config, "train"), ema=train.ema, accumulate=train.accumulate)
     return Training(
         step,
@@ -140,7 +139,7 @@ def autoencoder_of(pretrained: Pretrained) -> Autoencoder:
     )
 
 
-def make_loader(config: RunConfig, workdir: Path, pretrained: Pretrained) -> Loader:
+def make_loader(config: RunConfig, workdir: Path, pretrained: Pretrained, mesh: Mesh) -> Loader:
     """The training batches of this process.
 
     Raises:
@@ -148,14 +147,15 @@ def make_loader(config: RunConfig, workdir: Path, pretrained: Pretrained) -> Loa
     """
     directory = records(config, workdir)
     check_records(config, directory, pretrained)
+    index, count = batch_share(mesh)
     return Loader(
         directory,
         batch=config.train.batch,
         seed=config.seed,
         policy=config.captions,
         tokenizer=None if config.data.text_embeddings else pretrained.text,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        process_index=index,
+        process_count=count,
         threads=config.data.workers,
     )
 
@@ -199,13 +199,13 @@ def make_validation(
         levels=config.eval.levels,
     )
 
-    @functools.partial(jit, mesh=mesh)
+    @functools.partial(jit, mesh=mesh, out_shardings=replicated(mesh))
     def losses(params: Params, frozen: Params, part: Batch) -> jax.Array:
         keys = jax.vmap(jax.random.fold_in, (None, 0))(key(config, "eval"), part.index)
         return loss(params, frozen, part, keys)
 
     def validate(params: Params, frozen: Params) -> dict[str, float]:
-        found = [jax.device_get(losses(params, frozen, put_batch(part, mesh))) for part in parts]
+        found = [jax.device_get(losses(params, frozen, put_same(part, mesh))) for part in parts]
         values = np.concatenate(found)[:count].mean(0, dtype=np.float64).tolist()
         return dict(zip(map(str, config.eval.levels), values, strict=True))
 
@@ -268,17 +268,3 @@ def make_evaluator(
         mesh=mesh,
         batch=config.sampling.batch,
     )
-
-
-def mesh_of(config: RunConfig) -> Mesh:
-    """The mesh over all devices.
-
-    Raises:
-      ValueError: the sizes do not fit the devices, or parameters are to be divided, which no backbone has rules for.
-    """
-    for axis in ("fsdp", "tensor"):
-        if getattr(config.mesh, axis) != 1:
-            raise ValueError(
-                f"mesh.{axis} is {getattr(config.mesh, axis)}; parameters are not divided yet, 1 is what it can be"
-            )
-    return make_mesh(config.mesh)

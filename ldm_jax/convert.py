@@ -33,6 +33,7 @@ from ldm_jax.models.t5 import T5Config
 from ldm_jax.models.text import Text
 from ldm_jax.models.unet_config import UNetConfig
 from ldm_jax.nn.functional import functional
+from ldm_jax.parallel import MeshConfig, make_mesh
 from ldm_jax.pretrained import load_pretrained, pretrained_directory
 from ldm_jax.types import Params
 
@@ -131,7 +132,7 @@ def from_run(workdir: Path, to: Path, save: Save, which: str | None) -> None:
     config = from_json((workdir / CONFIG_FILE).read_text(), RunConfig)
     if which:
         config = dataclasses.replace(config, eval=dataclasses.replace(config.eval, weights=which))
-    mesh = build.mesh_of(config)
+    mesh = make_mesh(MeshConfig(data=1, fsdp=-1))  # whatever the run had
     pretrained = load_pretrained(config, mesh)
     backbone = config.backbone
     index = model_index(backbone, pretrained.text)

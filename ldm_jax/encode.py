@@ -19,7 +19,7 @@ from ldm_jax.data.encoding import Limits, TextEncoder, encode
 from ldm_jax.data.latents import Manifest
 from ldm_jax.flags import run_command
 from ldm_jax.models import weights
-from ldm_jax.parallel import jit, put_batch
+from ldm_jax.parallel import jit, make_mesh, put_same
 from ldm_jax.pretrained import load_pretrained
 from ldm_jax.types import Cond, Images, Latent
 
@@ -28,14 +28,14 @@ def main(flags: argparse.Namespace) -> None:
     """Encodes the training source, and that of the validation loss where it has its own."""
     config: RunConfig = flags.config
     data = config.data
-    mesh = build.mesh_of(config)
+    mesh = make_mesh(config.mesh)
     pretrained = load_pretrained(config, mesh)
     frozen = pretrained.params
     to_latents = jit(pretrained.encode_images, mesh)
     to_cond = jit(pretrained.encode, mesh)
 
     def encoder(images: Images) -> Latent:
-        return to_latents(frozen, put_batch(images, mesh))
+        return to_latents(frozen, put_same(images, mesh))
 
     def embed(captions: list[str]) -> Cond:
         return jax.device_get(to_cond(frozen, pretrained.text(captions)))

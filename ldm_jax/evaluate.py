@@ -14,6 +14,7 @@ from ldm_jax.config import RunConfig
 from ldm_jax.configuration import to_json
 from ldm_jax.evals.image_grids import save_grid
 from ldm_jax.flags import run_command
+from ldm_jax.parallel import make_mesh
 from ldm_jax.pretrained import load_pretrained
 from ldm_jax.scaling.records import append_line
 from ldm_jax.types import Estimate
@@ -22,7 +23,7 @@ from ldm_jax.types import Estimate
 def main(flags: argparse.Namespace) -> None:
     """Evaluates the newest checkpoint."""
     config: RunConfig = flags.config
-    mesh = build.mesh_of(config)
+    mesh = make_mesh(config.mesh)
     pretrained = load_pretrained(config, mesh)
     network = build.make_backbone(config, pretrained)
     examples, params = build.load_weights(config, flags.workdir, network, pretrained, mesh)

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from ldm_jax.config import EMBEDDED, RunConfig
 from ldm_jax.models import weights
+from ldm_jax.models.axes import TABLE
 from ldm_jax.models.clip import CLIPTextConfig
 from ldm_jax.models.networks import described
 from ldm_jax.models.t5 import T5Config
@@ -19,6 +20,7 @@ from ldm_jax.models.text import T5_LENGTH, Text
 from ldm_jax.models.tiling import decode_tiled
 from ldm_jax.models.tokenizer import Tokenizer
 from ldm_jax.nn.functional import functional
+from ldm_jax.parallel import shardings
 from ldm_jax.types import Cond, Images, Latent, Params, Tokens
 
 _log = logging.getLogger(__name__)
@@ -82,15 +84,18 @@ def load_pretrained(config: RunConfig, mesh: Mesh) -> Pretrained:
     clip = Path(config.eval.clip) if config.eval.clip else directory / "clip"
     if not clip.is_dir():
         _log.warning("There is no CLIP score: %s is no directory (eval.clip names one).", clip)
-    text, text_params = _load_text(directory, config.data.size, mesh, config.text_precision)
+    load = functools.partial(
+        _load, place=functools.partial(shardings, table=TABLE, rules=config.mesh.pairs, mesh=mesh)
+    )
+    text, text_params = _load_text(directory, config, load)
     reader = directory / "reader"
     pretrained = Pretrained(
-        autoencoder=_load(directory / "vae", mesh),
+        autoencoder=load(directory / "vae"),
         text=text,
         text_params=text_params,
-        clip=_load(clip, mesh) if clip.is_dir() else None,
+        clip=load(clip) if clip.is_dir() else None,
         clip_tokenizer=Tokenizer.from_directory(clip) if clip.is_dir() else text.tokenizers[0],
-        reader=_load(reader, mesh) if reader.is_dir() else None,
+        reader=load(reader) if reader.is_dir() else None,
         tile=config.sampling.tile,
     )
     if pretrained.clip is not None:
@@ -99,7 +104,7 @@ def load_pretrained(config: RunConfig, mesh: Mesh) -> Pretrained:
 
 
 def _load_text(
-    directory: Path, size: int, mesh: Mesh, dtype: str
+    directory: Path, config: RunConfig, load: Callable[..., Network]
 ) -> tuple[Text, tuple[Params, ...]]:
     """The text encoders, of which a directory has one or two, and their parameters."""
     networks, tokenizers = [], []
@@ -107,14 +112,14 @@ def _load_text(
         path = directory / f"text_encoder{number}"
         if number and not path.is_dir():
             continue
-        network = _load(path, mesh, dtype)
+        network = load(path, config.text_precision)
         length = T5_LENGTH if isinstance(network.config, T5Config) else None
         tokenizer = Tokenizer.from_directory(directory / f"tokenizer{number}", length)
         _check_tokenizer(directory, tokenizer, network.config)
         networks.append(network)
         tokenizers.append(tokenizer)
     configs, applies, params = zip(*networks, strict=True)
-    return Text(tuple(tokenizers), configs, applies, size), params
+    return Text(tuple(tokenizers), configs, applies, config.data.size), params
 
 
 def _check_tokenizer(
@@ -144,14 +149,13 @@ def pretrained_directory(config: RunConfig) -> Path:
     return directory
 
 
-def _load(directory: Path, mesh: Mesh, dtype: str = "float32") -> Network:
-    """The network whole on every device, its parameters and its computation in `dtype`."""
+def _load(directory: Path, dtype: str = "float32", *, place: Callable[[Params], Any]) -> Network:
+    """The network, placed by the mesh's rules, its parameters and its computation in `dtype`."""
     kind, config = described(directory)
     if dtype != "float32":
         config = dataclasses.replace(config, dtype=dtype)
     init, apply = functional(lambda rngs: kind.module(config, rngs))
     shapes = jax.eval_shape(init, jax.random.key(0))
     like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), shapes)
-    places = jax.tree.map(lambda _: NamedSharding(mesh, PartitionSpec()), like)
-    params = weights.load(directory, like, kind.names(config), shardings=places)
+    params = weights.load(directory, like, kind.names(config), shardings=place(like))
     return Network(config, apply, params)

@@ -25,7 +25,7 @@ from ldm_jax.evals.image_grids import save_grid, to_uint8
 from ldm_jax.evals.prompts import read_lines
 from ldm_jax.flags import run_command
 from ldm_jax.models.text import Text
-from ldm_jax.parallel import jit, put_batch
+from ldm_jax.parallel import jit, make_mesh, put_same, replicated
 from ldm_jax.pretrained import Pretrained, load_pretrained
 from ldm_jax.types import Images, Params
 
@@ -46,7 +46,7 @@ def main(flags: argparse.Namespace) -> None:
     """Draws and writes the images."""
     config: RunConfig = flags.config
     prompts = read(flags)
-    mesh = build.mesh_of(config)
+    mesh = make_mesh(config.mesh)
     pretrained = load_pretrained(config, mesh)
     network = build.make_backbone(config, pretrained)
     _, params = build.load_weights(config, flags.workdir, network, pretrained, mesh)
@@ -91,7 +91,7 @@ def draw(
     empty, key = pretrained.text([""]), build.key(config, "sample")
     number, seed = np.divmod(np.arange(len(tokens), dtype=np.uint32), np.uint32(seeds))
 
-    @functools.partial(jit, mesh=mesh)
+    @functools.partial(jit, mesh=mesh, out_shardings=replicated(mesh))
     def program(
         params: Params, frozen: Params, rows: dict[str, jax.Array], scale: jax.Array
     ) -> Images:
@@ -106,7 +106,7 @@ def draw(
     )
     for first in tqdm(range(0, len(tokens), size), unit=" batches", disable=len(tokens) <= size):
         taken = np.minimum(np.arange(first, first + size), len(tokens) - 1)
-        part = put_batch({name: x[taken] for name, x in rows.items()}, mesh)
+        part = put_same({name: x[taken] for name, x in rows.items()}, mesh)
         images.append(
             jax.device_get(
                 program(params, pretrained.params, part, np.float32(config.sampling.guidance))

@@ -28,7 +28,7 @@ from ldm_jax.evals.journal import Journal
 from ldm_jax.flags import run_command
 from ldm_jax.models.flops import count
 from ldm_jax.nn.functional import Functional
-from ldm_jax.parallel import jit
+from ldm_jax.parallel import jit, make_mesh
 from ldm_jax.pretrained import Pretrained, load_pretrained
 from ldm_jax.scaling.records import RunRecord, append_record
 from ldm_jax.training import Every, Hook, State, Tick, fit, prefetch
@@ -50,9 +50,9 @@ def run(config: RunConfig, workdir: Path) -> None:
     if jax.config.jax_compilation_cache_dir is None:  # else it is the user's
         jax.config.update("jax_compilation_cache_dir", str(workdir / "compiled"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-    mesh = build.mesh_of(config)
+    mesh = make_mesh(config.mesh)
     pretrained = load_pretrained(config, mesh)
-    loader = build.make_loader(config, workdir, pretrained)
+    loader = build.make_loader(config, workdir, pretrained, mesh)
     network = build.make_backbone(config, pretrained)
     claim(config, workdir)
     training = build.make_training(config, network, pretrained, mesh)

@@ -19,7 +19,8 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int32, Key, UInt32
 
 BATCH_AXES = ("data", "fsdp")  # axes of a mesh that divide a batch
-HEAD_AXIS = "tensor"  # that which divides the heads of attention
+PARAMETER_AXIS = "fsdp"  # that which divides parameters
+TENSOR_AXIS = "tensor"  # that which divides heads and the width of feed-forward layers
 
 Arr = Array | np.ndarray
 Params = Any  # nested dict of arrays

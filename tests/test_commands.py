@@ -15,7 +15,7 @@ from PIL import Image
 from ldm_jax import build, encode, evaluate, report, sample, train
 from ldm_jax.data.durable import alone_in
 from ldm_jax.flags import UsageError, parse
-from ldm_jax.parallel.mesh import MeshConfig
+from ldm_jax.parallel import make_mesh
 from ldm_jax.pretrained import load_pretrained, pretrained_directory
 from ldm_jax.training import TrainingError
 from ldm_jax.training.checkpoints import Checkpoints
@@ -250,20 +250,15 @@ def test_images_that_do_not_divide_over_the_levels_are_refused():
     data = dataclasses.replace(runs.TINY.data, size=72)
     backbone = dataclasses.replace(runs.TINY.backbone, channels=(16, 16), transformer_depth=(1, 1))
     config = dataclasses.replace(runs.TINY, data=data, backbone=backbone)
-    pretrained = load_pretrained(config, build.mesh_of(config))
+    pretrained = load_pretrained(config, make_mesh(config.mesh))
     with pytest.raises(ValueError, match="latents of 9 rows; this backbone takes a multiple of 2"):
         build.make_backbone(config, pretrained)
 
 
 def test_frozen_networks_lie_on_the_whole_mesh():
-    mesh = build.mesh_of(runs.TINY)
+    mesh = make_mesh(runs.TINY.mesh)
     pretrained = load_pretrained(runs.TINY, mesh)
     assert {leaf.sharding.mesh for leaf in jax.tree.leaves(pretrained.params)} == {mesh}
-
-
-def test_parameters_that_cannot_be_divided_yet_are_said():
-    with pytest.raises(ValueError, match=r"mesh.fsdp is 8; parameters are not divided yet"):
-        build.mesh_of(dataclasses.replace(runs.TINY, mesh=MeshConfig(fsdp=8)))
 
 
 def test_images_of_an_earlier_call_go_and_nobody_elses(tmp_path):

@@ -26,6 +26,7 @@ from ldm_jax.models.pixart_config import PixArtConfig
 from ldm_jax.models.t5 import T5Config
 from ldm_jax.models.uvit_config import UViTConfig
 from ldm_jax.nn.functional import functional
+from ldm_jax.parallel import make_mesh
 from ldm_jax.pretrained import load_pretrained, pretrained_directory
 
 T5_TOKENIZER = Path(__file__).parent / "goldens" / "t5_tokenizer"
@@ -175,14 +176,14 @@ def test_what_cannot_be_converted_is_said_and_leaves_nothing(tmp_path):
 
 def test_a_pipeline_that_diffusers_does_not_have_is_said():
     config = dataclasses.replace(runs.TINY, backbone=UViTConfig(text_width=64))
-    text = load_pretrained(config, build.mesh_of(config)).text
+    text = load_pretrained(config, make_mesh(config.mesh)).text
     with pytest.raises(ValueError, match="no pipeline of a UViTConfig and CLIPTextConfig"):
         convert.model_index(config.backbone, text)
 
 
 def loaded(name, directory, precision):
     config = config_of(name, directory, text_precision=precision)
-    return load_pretrained(config, build.mesh_of(config))
+    return load_pretrained(config, make_mesh(config.mesh))
 
 
 def error(given, expected):
@@ -241,6 +242,6 @@ def test_a_precision_that_there_is_not_is_refused_by_name(tmp_path):
 def test_a_backbone_that_does_not_fit_the_directory_is_refused(shelf, name, changes, sentence):
     backbone = dataclasses.replace(BACKBONES[name], **changes)
     config = config_of(name, shelf / name, backbone=backbone)
-    pretrained = load_pretrained(config, build.mesh_of(config))
+    pretrained = load_pretrained(config, make_mesh(config.mesh))
     with pytest.raises(ValueError, match=sentence):
         build.make_backbone(config, pretrained)

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from ldm_jax.evals.generation import Generate
-from ldm_jax.parallel import jit, put_batch
+from ldm_jax.parallel import jit, put_same, replicated
 from ldm_jax.types import Estimate, Images, OneTokens, Params, Tokens
 
 
@@ -78,9 +78,11 @@ class Evaluator:
             images = generate(params, frozen, rows["tokens"], empty, keys, guidance)
             return images, features(frozen, images, rows["read"])
 
-        self._run = jit(run, mesh)
+        self._run = jit(run, mesh, out_shardings=replicated(mesh))
         self._features = jit(
-            lambda frozen, rows: features(frozen, rows["images"], rows["read"]), mesh
+            lambda frozen, rows: features(frozen, rows["images"], rows["read"]),
+            mesh,
+            out_shardings=replicated(mesh),
         )
 
     def __call__(self, params: Params, frozen: Params, guidance: float) -> Evaluation:
@@ -103,7 +105,7 @@ class Evaluator:
         """Equal batches on the mesh; the last one is padded with its last row."""
         for first in range(0, self._count, self._batch):
             taken = np.minimum(np.arange(first, first + self._batch), self._count - 1)
-            yield put_batch(jax.tree.map(lambda x: x[taken], rows), self._mesh)  # noqa: B023
+            yield put_same(jax.tree.map(lambda x: x[taken], rows), self._mesh)  # noqa: B023
 
     def _joined(self, parts: list[Any]) -> Any:
         return jax.tree.map(lambda *x: np.concatenate(x)[: self._count], *parts)

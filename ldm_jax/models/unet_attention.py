@@ -24,9 +24,10 @@ from ldm_jax.nn.layers import (
     linear,
     zeros,
 )
+from ldm_jax.nn.placement import gathered, in_parts
 from ldm_jax.nn.platform import platform
 from ldm_jax.nn.stack import Stack
-from ldm_jax.types import Arr
+from ldm_jax.types import TENSOR_AXIS, Arr
 
 TRANSFORMER_EPSILON = 1e-6
 
@@ -38,19 +39,20 @@ class GEGLU(nnx.Module):
 
     def __init__(self, width: int, dtype: str, rngs: nnx.Rngs) -> None:
         self.expand = linear(width, 8 * width, dtype=dtype, rngs=rngs)
-        self.contract = linear(4 * width, width, dtype=dtype, rngs=rngs)
+        self.contract = linear(4 * width, width, over=(TENSOR_AXIS, None), dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Float[Arr, "B N D"]) -> Float[Arr, "B N D"]:
-        whole = platform() == "cpu"
+        whole = platform() == "cpu" and not in_parts()
         value, gate = jnp.split(self.expand(x), 2, axis=-1) if whole else self._halves(x)
         return self.contract(value * gelu(gate))
 
     def _halves(self, x: Float[Arr, "B N D"]) -> list[jax.Array]:
         """Two products by the halves of the kernel: their results are never written side by side."""
-        kernels = jnp.split(self.expand.kernel[...], 2, axis=-1)
+        kernels = jnp.split(gathered(self.expand.kernel[...].astype(self.expand.dtype)), 2, axis=-1)
         biases = jnp.split(self.expand.bias[...], 2)
         pairs = zip(kernels, biases, strict=True)
-        return [dense(x, kernel, bias, self.expand.dtype) for kernel, bias in pairs]
+        over = (None, TENSOR_AXIS)
+        return [dense(x, kernel, bias, self.expand.dtype, over) for kernel, bias in pairs]
 
 
 class TransformerBlock(nnx.Module):

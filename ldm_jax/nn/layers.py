@@ -1,5 +1,6 @@
 """The layers that networks share; attributes are named as diffusers names them."""
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -11,13 +12,15 @@ from flax import nnx
 from jaxtyping import Bool, Float
 
 from ldm_jax.nn.attention import attention
+from ldm_jax.nn.placement import Axes, dividing, gathered, in_parts
 from ldm_jax.nn.platform import platform
-from ldm_jax.types import Arr, PerExample
+from ldm_jax.types import TENSOR_AXIS, Arr, PerExample
 
 Map = Float[Arr, "B _ _ _"]  # rows, columns, channels
 KeysValues = tuple[Float[Arr, "B L _ _"], Float[Arr, "B L _ _"]]
 Mask = Bool[Arr, "B L"] | None
 UNFOLDED = 256  # pixels of a batch of maps that CPUs take as one product of matrices
+WHOLE = (None, None)  # axes of a mesh that divide a kernel while it is used
 zeros = nnx.initializers.zeros
 LECUN = nnx.initializers.lecun_normal()
 
@@ -56,9 +59,15 @@ class GroupNorm(nnx.Module):
         return y.astype(self.dtype)
 
 
-def linear(inputs: int, outputs: int, **options: Any) -> nnx.Linear:
-    """A dense layer over the last dim, as one product of two matrices: on CPUs its gradient takes half the time."""
-    return nnx.Linear(inputs, outputs, dot_general=_matrix_product, **options)
+def linear(
+    inputs: int, outputs: int, *, over: tuple[Axes, Axes] = WHOLE, **options: Any
+) -> nnx.Linear:
+    """A dense layer over the last dim, as one product of two matrices: on CPUs its gradient takes half the time.
+
+    `over` names the axes of a mesh that divide the inputs and the outputs of the kernel while it is used.
+    """
+    product = functools.partial(_matrix_product, over=over)
+    return nnx.Linear(inputs, outputs, dot_general=product, **options)
 
 
 def into_heads(
@@ -66,8 +75,8 @@ def into_heads(
 ) -> Float[Arr, "B L {num_heads} A"]:
     """`layer(x)` divided into heads. The product gives them as attention takes them, which saves TPUs a transpose."""
     x, kernel, bias = _cast(layer, x)
-    kernel_DKA = rearrange(kernel, "D (K A) -> D K A", K=num_heads)
-    y_BLKA = jnp.einsum("BLD,DKA->BLKA", x, kernel_DKA)
+    kernel = gathered(kernel, None, dividing(num_heads))
+    y_BLKA = jnp.einsum("BLD,DKA->BLKA", x, rearrange(kernel, "D (K A) -> D K A", K=num_heads))
     if bias is None:
         return y_BLKA
     return y_BLKA + rearrange(bias, "(K A) -> 1 1 K A", K=num_heads)
@@ -75,9 +84,10 @@ def into_heads(
 
 def from_heads(layer: nnx.Linear, x: Float[Arr, "B L K A"]) -> Float[Arr, "B L D"]:
     """`layer` of heads side by side, as `into_heads` without a transpose; CPUs would rather have it."""
-    if platform() == "cpu":
+    if platform() == "cpu" and not in_parts():
         return layer(rearrange(x, "B L K A -> B L (K A)"))
     x, kernel, bias = _cast(layer, x)
+    kernel = gathered(kernel, dividing(x.shape[2]), None)
     y = jnp.einsum("BLKA,KAD->BLD", x, rearrange(kernel, "(K A) D -> K A D", K=x.shape[2]))
     return y if bias is None else y + bias[None, None]
 
@@ -89,14 +99,18 @@ def _cast(layer: nnx.Linear, x: Arr) -> list[jax.Array | None]:
     return [None if array is None else jnp.asarray(array, layer.dtype) for array in arrays]
 
 
-def dense(x: jax.Array, kernel: jax.Array, bias: jax.Array, dtype: Any) -> jax.Array:
+def dense(
+    x: jax.Array, kernel: jax.Array, bias: jax.Array, dtype: Any, over: tuple[Axes, Axes] = WHOLE
+) -> jax.Array:
     """What `linear` computes with these parameters, in `dtype`."""
     x, kernel, bias = (array.astype(dtype) for array in (x, kernel, bias))
-    return _matrix_product(x, kernel, None) + jnp.expand_dims(bias, range(x.ndim - 1))
+    return _matrix_product(x, kernel, None, over=over) + jnp.expand_dims(bias, range(x.ndim - 1))
 
 
-def _matrix_product(x: jax.Array, kernel: jax.Array, _: Any, **options: Any) -> jax.Array:
-    y = jnp.matmul(x.reshape(-1, x.shape[-1]), kernel, **options)
+def _matrix_product(
+    x: jax.Array, kernel: jax.Array, _: Any, *, over: tuple[Axes, Axes], **options: Any
+) -> jax.Array:
+    y = jnp.matmul(x.reshape(-1, x.shape[-1]), gathered(kernel, *over), **options)
     return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
@@ -128,9 +142,14 @@ def conv3x3(
         strides=(strides, strides),
         padding=(padding, padding),
         kernel_init=kernel_init,
+        conv_general_dilated=_convolution,
         dtype=dtype,
         rngs=rngs,
     )
+
+
+def _convolution(x: jax.Array, kernel: jax.Array, *args: Any, **options: Any) -> jax.Array:
+    return jax.lax.conv_general_dilated(x, gathered(kernel), *args, **options)
 
 
 class Conv(nnx.Conv):
@@ -310,8 +329,8 @@ class MLP(nnx.Module):
         rngs: nnx.Rngs,
     ) -> None:
         options = {"kernel_init": kernel_init, "dtype": dtype, "rngs": rngs}
-        self.linear_1 = linear(inputs, hidden, **options)
-        self.linear_2 = linear(hidden, outputs, **options)
+        self.linear_1 = linear(inputs, hidden, over=(None, TENSOR_AXIS), **options)
+        self.linear_2 = linear(hidden, outputs, over=(TENSOR_AXIS, None), **options)
         self.activation = activation
 
     def __call__(self, x: Float[Arr, "*B _"]) -> Float[Arr, "*B _"]:

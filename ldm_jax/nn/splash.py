@@ -1,7 +1,7 @@
 """JAX's attention kernel for TPUs, which keeps the scores in fast memory (Dao et al. 2022, arXiv:2205.14135).
 
 The compiler cannot divide a kernel over devices. So each of them runs one on its own examples and heads: over the axes
-`BATCH_AXES` and `HEAD_AXIS` of the mesh in force (`jax.set_mesh`).
+`BATCH_AXES` and `TENSOR_AXIS` of the mesh in force (`jax.set_mesh`).
 """
 
 import functools
@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Shaped
 
 from ldm_jax.nn.platform import num_devices, platform
-from ldm_jax.types import BATCH_AXES, HEAD_AXIS, Arr
+from ldm_jax.types import BATCH_AXES, TENSOR_AXIS, Arr
 
 BLOCK = 128  # tokens that the kernel takes at a time, and multiples of it
 AREA = 2**20  # scores that it computes at a time, about
@@ -69,10 +69,10 @@ def _division(q: Shaped[Array, "B N K A"]) -> tuple[Any, Any] | None:
     }
     batch = tuple(axis for axis in BATCH_AXES if axis in sizes)
     ways = math.prod(sizes.pop(axis) for axis in batch)
-    heads = sizes.pop(HEAD_AXIS, 1)
+    heads = sizes.pop(TENSOR_AXIS, 1)
     if sizes or q.shape[0] % ways or q.shape[2] % heads:
         return None
-    return batch or None, HEAD_AXIS if heads > 1 else None
+    return batch or None, TENSOR_AXIS if heads > 1 else None
 
 
 def _kernel(

@@ -6,8 +6,16 @@ from typing import Any
 import jax
 from flax import nnx
 
+from ldm_jax.nn.placement import by_example, in_parts
+
+
+def _all_but_gathered(primitive: Any, *_: Any, **__: Any) -> bool:
+    """Keeps every intermediate but kernels that `placement` has gathered, which are gathered again."""
+    return primitive.name != "sharding_constraint"
+
+
 REMAT = {
-    "none": None,
+    "none": _all_but_gathered,
     "full": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
@@ -18,13 +26,13 @@ def rematerialised(
 ) -> Callable[..., Any]:
     """`call`, whose intermediates are recomputed in the backward pass as the row `remat` of REMAT says.
 
-    "none" keeps them all, "full" none, "dots" the results of matrix products with weights. `prevent_cse` keeps
-    the compiler from merging the recomputation with what it repeats; inside a scan it cannot, so say False there.
-    Raises ValueError for a name that is not in REMAT.
+    "none" keeps them all (but gathered kernels), "full" none, "dots" the results of matrix products with weights.
+    `prevent_cse` keeps the compiler from merging the recomputation with what it repeats; inside a scan it cannot, so
+    say False there. Raises ValueError for a name that is not in REMAT.
     """
     if remat not in REMAT:
         raise ValueError(f"remat is {remat!r}; it can be {', '.join(REMAT)}")
-    if remat == "none":
+    if remat == "none" and not in_parts():
         return call
     return jax.checkpoint(call, policy=REMAT[remat], prevent_cse=prevent_cse)
 
@@ -67,7 +75,7 @@ class Stack(nnx.Module):
         graph, state = nnx.split(self.block)
 
         def step(x: Any, layer: tuple[Any, Any]) -> tuple[Any, Any]:
-            return call(nnx.merge(graph, layer[0]), x, layer[1])
+            return call(nnx.merge(graph, layer[0]), by_example(x), layer[1])
 
         # A loop of one turn would be unrolled too late for the compiler to lay its arrays out well.
         alone = self.num == 1

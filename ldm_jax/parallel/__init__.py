@@ -1,18 +1,31 @@
 """How devices form a mesh, and which array lies where on it."""
 
 from ldm_jax.parallel.compiler import compiler_options, jit
-from ldm_jax.parallel.mesh import MeshConfig, batch_sharding, make_mesh, peak_flops, put_batch
-from ldm_jax.parallel.rules import REPLICATED, leaf_name, shardings
+from ldm_jax.parallel.mesh import (
+    MeshConfig,
+    batch_sharding,
+    batch_share,
+    make_mesh,
+    peak_flops,
+    put_batch,
+    put_same,
+    replicated,
+)
+from ldm_jax.parallel.rules import REPLICATED, device_bytes, leaf_name, shardings
 
 __all__ = [
     "REPLICATED",
     "MeshConfig",
     "batch_sharding",
+    "batch_share",
     "compiler_options",
+    "device_bytes",
     "jit",
     "leaf_name",
     "make_mesh",
     "peak_flops",
     "put_batch",
+    "put_same",
+    "replicated",
     "shardings",
 ]

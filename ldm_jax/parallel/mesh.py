@@ -1,4 +1,4 @@
-"""Meshes: how devices are laid out, where a batch lies on them, what they can do at most."""
+"""Meshes: how devices are laid out, and where a batch lies on them."""
 
 import dataclasses
 import math
@@ -6,37 +6,79 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from ldm_jax.types import BATCH_AXES, HEAD_AXIS
+from ldm_jax.parallel.rules import Rules
+from ldm_jax.types import BATCH_AXES, TENSOR_AXIS
 
-AXES = (*BATCH_AXES, HEAD_AXIS)
+AXES = (*BATCH_AXES, TENSOR_AXIS)
 
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Sizes of the mesh's axes. One of them may be -1: all the devices that the others leave.
+    """Sizes of the mesh's axes, and what they divide. One size may be -1: all the devices that the others leave.
 
-    `data` repeats the parameters and divides the batch, `fsdp` divides both, `tensor` divides
-    single matrices and repeats the batch.
+    `data` repeats the parameters and divides the batch, `fsdp` divides both, `tensor` divides heads and feed-forward
+    layers and repeats the batch. Over several slices of TPUs it is `data` that goes across them. `rules` name dims of
+    parameters (`ldm_jax.models.axes`), each with the axis that divides it, the most important first.
     """
 
     data: int = -1  # devices that divide the batch; -1: all that are left
     fsdp: int = 1  # devices that divide the parameters and the batch
-    tensor: int = 1  # devices that divide single matrices
+    tensor: int = 1  # devices that divide heads and feed-forward layers
+    rules: tuple[
+        str, ...
+    ] = (  # which axis divides which dim of a parameter, in order of preference
+        "heads=tensor",
+        "ffn=tensor",
+        "in=fsdp",
+        "embed=fsdp",
+        "out=fsdp",
+        "heads=fsdp",
+        "ffn=fsdp",
+    )
+
+    def __post_init__(self) -> None:
+        for rule in self.rules:
+            if rule.count("=") != 1:
+                raise ValueError(
+                    f"{rule!r} is no rule; it is the name of a dim and an axis, as in embed=fsdp"
+                )
+
+    @property
+    def pairs(self) -> Rules:
+        """The rules as `parallel.shardings` takes them."""
+        return tuple(tuple(rule.split("=")) for rule in self.rules)
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """Lays `devices` (all of them by default) out in the axes data, fsdp, tensor.
 
-    The axes are of type Auto: the compiler places what no sharding names.
+    Neighbours on the mesh are neighbours on the torus of a slice, as far as it can be had; slices are laid along
+    `data`. The axes are of type Auto: the compiler places what no sharding names.
 
     Raises:
-      ValueError: the sizes do not multiply to the number of devices.
+      ValueError: the sizes do not multiply to the number of devices, or the slices do not divide `data`.
     """
     devices = jax.devices() if devices is None else devices
-    sizes = _sizes(config, len(devices))
-    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    data, *rest = _sizes(config, len(devices))
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if data % slices:
+        raise ValueError(
+            f"mesh.data is {data} on {slices} slices; it goes across them, so it must be a multiple of {slices}"
+        )
+    if slices == 1:
+        grid = mesh_utils.create_device_mesh((data, *rest), devices, allow_split_physical_axes=True)
+    else:
+        grid = mesh_utils.create_hybrid_device_mesh(
+            (data // slices, *rest),
+            (slices, *[1] * len(rest)),
+            devices,
+            allow_split_physical_axes=True,
+        )
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
@@ -44,25 +86,71 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
+def replicated(mesh: Mesh) -> NamedSharding:
+    """Whole on every device, and so to be fetched by every process."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_share(mesh: Mesh) -> tuple[int, int]:
+    """Which part of each batch this process puts on its devices, and how many parts there are.
+
+    Processes whose devices hold the same rows, as where `tensor` goes over several of them, have the same part.
+
+    Raises:
+      ValueError: the rows of two processes overlap without being the same, or are not as many.
+    """
+    by_row = mesh.devices.reshape(_ways(mesh), -1)
+    owners: dict[int, set[int]] = {}
+    for row, devices in enumerate(by_row):
+        for device in devices:
+            owners.setdefault(device.process_index, set()).add(row)
+    parts = sorted({tuple(sorted(rows)) for rows in owners.values()})
+    if sum(map(len, parts)) != len(by_row) or len(set(map(len, parts))) > 1:
+        raise ValueError(
+            f"the mesh {dict(mesh.shape)} divides a batch in parts that processes share unequally: {parts}; make"
+            " tensor a divisor or a multiple of the devices of a process"
+        )
+    return parts.index(tuple(sorted(owners[jax.process_index()]))), len(parts)
+
+
 def put_batch(batch: Any, mesh: Mesh) -> Any:
-    """Moves a pytree of host arrays `[B, ...]` to the devices; every process gives its own rows.
+    """Moves a pytree of host arrays `[B, ...]` to the devices; every process gives the rows of its `batch_share`.
 
     Raises:
       ValueError: the rows of all processes do not divide over the devices that share a batch.
     """
-    sharding = batch_sharding(mesh)
-    ways = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    sharding, (_, parts) = batch_sharding(mesh), batch_share(mesh)
 
     def put(array: Any) -> jax.Array:
-        size = len(array) * jax.process_count()
-        if size % ways:
-            raise ValueError(
-                f"A batch of {size} does not divide over the {ways} devices that share it (mesh "
-                f"{dict(mesh.shape)}): make the batch size a multiple of {ways}."
-            )
+        _check_rows(len(array) * parts, mesh)
         return jax.make_array_from_process_local_data(sharding, array)
 
     return jax.tree.map(put, batch)
+
+
+def put_same(batch: Any, mesh: Mesh) -> Any:
+    """As `put_batch`, of arrays that every process has whole."""
+    sharding = batch_sharding(mesh)
+
+    def put(array: Any) -> jax.Array:
+        array = np.asarray(array)
+        _check_rows(len(array), mesh)
+        return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+    return jax.tree.map(put, batch)
+
+
+def _ways(mesh: Mesh) -> int:
+    return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+
+
+def _check_rows(size: int, mesh: Mesh) -> None:
+    ways = _ways(mesh)
+    if size % ways:
+        raise ValueError(
+            f"A batch of {size} does not divide over the {ways} devices that share it (mesh "
+            f"{dict(mesh.shape)}): make the batch size a multiple of {ways}."
+        )
 
 
 def peak_flops(device_kind: str) -> float | None:
@@ -90,7 +178,7 @@ _PEAKS = (
 
 
 def _sizes(config: MeshConfig, num_devices: int) -> tuple[int, ...]:
-    sizes = dataclasses.astuple(config)
+    sizes = tuple(getattr(config, axis) for axis in AXES)
     given = ", ".join(f"{axis}={size}" for axis, size in zip(AXES, sizes, strict=True))
     if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
         raise ValueError(f"Mesh sizes are positive and at most one of them is -1, got {given}.")

@@ -1,60 +1,63 @@
-"""Which array lies where: two tables, and no metadata on the parameters.
+"""Which array lies where: a table and rules, and no metadata on the parameters.
 
-A *table* stands in a model's file. Its rows name the dimensions of parameters by what they mean:
+A *table* (`ldm_jax.models.axes`) names the last dims of parameters by what they mean:
 
     TABLE = (
-        (r"attention/(query|key|value)/kernel", ("layers", "embed", "heads")),
-        (r"mlp/up/kernel", ("layers", "embed", "ffn")),
+        (r"(query|key|value)/kernel", ("embed", "heads")),
+        (r"up/kernel", ("embed", "ffn")),
         (r".*", REPLICATED),
     )
 
-*Rules* stand in the config and say which axis of the mesh divides them:
+*Rules*, which stand in the config, say which axis of the mesh divides them, the most important first:
 
-    {"embed": "fsdp", "ffn": "tensor", "heads": "tensor", "layers": None}
+    (("heads", "tensor"), ("ffn", "tensor"), ("embed", "fsdp"))
 
-and rules that are all None make a model that every device holds whole. A row's pattern must match
-the end of a path, from the start of one of its names. So one table places `blocks/mlp/up/kernel`
-among the parameters, `ema/blocks/mlp/up/kernel` in the average of them and
-`opt_state/1/0/mu/blocks/mlp/up/kernel` among the moments of the optimiser.
+A row's pattern must match the end of a path, from the start of one of its names. So one table places
+`blocks/up/kernel` among the parameters, `ema/blocks/up/kernel` in the average of them and
+`opt_state/1/0/mu/blocks/up/kernel` among the moments of the optimiser.
 """
 
-import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-Axes = str | tuple[str, ...] | None
-Table = Sequence[tuple[str, tuple[str | None, ...] | None]]
-Rules = Mapping[str, Axes]
+Table = Sequence[tuple[str, tuple[str | None, ...]]]
+Rules = Sequence[tuple[str, str]]
 
-REPLICATED = None
+REPLICATED = ()
 
 
 def shardings(tree: Any, table: Table, rules: Rules, mesh: Mesh) -> Any:
     """The same tree with a `NamedSharding` for each leaf, by the first row that matches its path.
 
-    Leaves need `shape` only, so `jax.eval_shape` will do. Scalars are replicated and need no row.
+    Leaves need `shape` only, so `jax.eval_shape` will do. A rule gives its axis to the dim of that name, unless the
+    axis divides another dim of the leaf already, or the dim is divided, or does not divide by the axis: then the next
+    rule is tried. So a leaf that no rule fits stays whole; `device_bytes` tells what that costs.
 
     Raises:
-      ValueError: no row matches a path, the row has another rank than the leaf, a logical axis has
-        no rule, two dimensions would share an axis of the mesh, or a dimension does not divide by
-        its axis. Nothing is replicated unless a row or a rule says so, because a large tensor that
-        every device holds whole is a memory error that shows late.
+      ValueError: no row matches a path, the row names more dims than the leaf has, or a rule is of an axis that the
+        mesh or a name that the table does not have.
     """
+    _check(table, rules, mesh)
 
     def place(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
-        name, shape = leaf_name(path), tuple(leaf.shape)
-        logical = _row(name, shape, table) if shape else REPLICATED
-        if logical is REPLICATED:
-            return NamedSharding(mesh, PartitionSpec())
-        axes = tuple(_axes(name, axis, rules, mesh) for axis in logical)
-        _check(name, shape, axes, mesh)
-        return NamedSharding(mesh, PartitionSpec(*(axis or None for axis in axes)))
+        axes = _axes(_names(leaf_name(path), tuple(leaf.shape), table), leaf.shape, rules, mesh)
+        return NamedSharding(mesh, PartitionSpec(*axes))
 
     return jax.tree_util.tree_map_with_path(place, tree)
+
+
+def device_bytes(tree: Any) -> int:
+    """What one device holds of a tree of arrays or ShapeDtypeStructs that are placed; of all of it where one is not."""
+
+    def held(leaf: Any) -> int:
+        shape = leaf.sharding.shard_shape(leaf.shape) if leaf.sharding else leaf.shape
+        return jax.ShapeDtypeStruct(shape, leaf.dtype).size * leaf.dtype.itemsize
+
+    return sum(map(held, jax.tree.leaves(tree)))
 
 
 def leaf_name(path: tuple[Any, ...]) -> str:
@@ -62,50 +65,43 @@ def leaf_name(path: tuple[Any, ...]) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
-def _row(name: str, shape: tuple[int, ...], table: Table) -> tuple[str | None, ...] | None:
-    for pattern, logical in table:
-        if re.search(f"(?:^|/)(?:{pattern})$", name):
-            if logical is not REPLICATED and len(logical) != len(shape):
+def _names(path: str, shape: tuple[int, ...], table: Table) -> tuple[str | None, ...]:
+    """What the dims of a leaf are called."""
+    for pattern, names in table if shape else ():
+        if re.search(f"(?:^|/)(?:{pattern})$", path):
+            if len(names) > len(shape):
                 raise ValueError(
-                    f"The sharding row {pattern!r} names {len(logical)} dimensions {logical}, but "
-                    f"{name} has the shape {shape}."
+                    f"the row {pattern!r} of the table of axes names {len(names)} dims {names}, and {path} has the"
+                    f" shape {shape}"
                 )
-            return logical
+            return (None,) * (len(shape) - len(names)) + tuple(names)
+    if not shape:
+        return ()
     raise ValueError(
-        f"No row of the sharding table matches {name} with the shape {shape}: add one, or end the "
-        f"table with ('.*', REPLICATED)."
+        f"no row of the table of axes matches {path} with the shape {shape}; add one, or end the table with"
+        " ('.*', REPLICATED)"
     )
 
 
-def _axes(name: str, logical: str | None, rules: Rules, mesh: Mesh) -> tuple[str, ...]:
-    if logical is None:
-        return ()
-    if logical not in rules:
-        raise ValueError(
-            f"No rule for the logical axis {logical!r} of {name}: rules map {sorted(rules)}."
-        )
-    axes = rules[logical]
-    axes = (axes,) if isinstance(axes, str) else tuple(axes or ())
-    unknown = sorted(set(axes) - set(mesh.axis_names))
-    if unknown:
-        raise ValueError(
-            f"The rule for {logical!r} names {unknown}, the mesh has the axes {mesh.axis_names}."
-        )
+def _axes(
+    names: Sequence[str | None], shape: Sequence[int], rules: Rules, mesh: Mesh
+) -> list[str | None]:
+    axes: list[str | None] = [None] * len(names)
+    for name, axis in rules:
+        if axis in axes or mesh.shape[axis] == 1:
+            continue
+        for dim, size in enumerate(shape):
+            if names[dim] == name and axes[dim] is None and size % mesh.shape[axis] == 0:
+                axes[dim] = axis
+                break
     return axes
 
 
-def _check(
-    name: str, shape: tuple[int, ...], axes: tuple[tuple[str, ...], ...], mesh: Mesh
-) -> None:
-    used = [axis for dim in axes for axis in dim]
-    if len(used) != len(set(used)):
-        raise ValueError(
-            f"The rules divide two dimensions of {name} {shape} over one axis: {axes}."
-        )
-    for dim, (size, over) in enumerate(zip(shape, axes, strict=True)):
-        ways = math.prod(mesh.shape[axis] for axis in over)
-        if size % ways:
+def _check(table: Table, rules: Rules, mesh: Mesh) -> None:
+    known = {name for _, names in table for name in names if name}
+    for name, axis in rules:
+        if name not in known or axis not in mesh.axis_names:
             raise ValueError(
-                f"Dimension {dim} of {name} {shape} does not divide by {ways}, the size of mesh "
-                f"axes {over}: map its logical axis to None or to a smaller axis."
+                f"there is no rule {name}={axis}: dims are called {', '.join(sorted(known))}, and the mesh has the axes"
+                f" {', '.join(mesh.axis_names)}"
             )

@@ -25,7 +25,7 @@ from ldm_jax.types import Batch
 
 WIDTH = 8
 TABLE = ((r"kernel", ("embed", "out")), (r".*", REPLICATED))
-RULES = {"embed": "fsdp", "out": "tensor"}
+RULES = (("embed", "fsdp"), ("out", "tensor"))
 
 
 def init(key, ballast=0):
