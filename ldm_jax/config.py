@@ -177,8 +177,8 @@ MAY_CHANGE = (
 CHECKPOINTS = "checkpoints"  # the directory of a run that says that its training has begun
 
 
-def claim(config: RunConfig, workdir: Path) -> None:
-    """Writes the config of a run into its directory, where later commands find it.
+def claim(config: RunConfig, workdir: Path, *, write: bool = True) -> None:
+    """Writes the config of a run into its directory, where later commands find it; without `write` it is only compared.
 
     Until training has begun any setting may change; what the latents were made with is their manifest's business.
 
@@ -200,5 +200,6 @@ def claim(config: RunConfig, workdir: Path) -> None:
                 f"{workdir} holds another run: {'; '.join(differences)}. Give the values it was begun with, or another "
                 f"--workdir (only {', '.join(MAY_CHANGE)} may change)"
             )
-    workdir.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, text.encode())
+    if write:
+        workdir.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, text.encode())

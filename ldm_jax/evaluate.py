@@ -8,13 +8,14 @@ The scores are printed as a table and appended to WORKDIR/scores.jsonl with the 
 
 import argparse
 import json
+from pathlib import Path
 
 from ldm_jax import build
 from ldm_jax.config import RunConfig
 from ldm_jax.configuration import to_json
 from ldm_jax.evals.image_grids import save_grid
 from ldm_jax.flags import run_command
-from ldm_jax.parallel import make_mesh
+from ldm_jax.parallel import distributed, make_mesh
 from ldm_jax.pretrained import load_pretrained
 from ldm_jax.scaling.records import append_line
 from ldm_jax.types import Estimate
@@ -22,17 +23,24 @@ from ldm_jax.types import Estimate
 
 def main(flags: argparse.Namespace) -> None:
     """Evaluates the newest checkpoint."""
-    config: RunConfig = flags.config
+    with distributed.joined(flags):
+        run(flags.config, flags.workdir)
+
+
+def run(config: RunConfig, workdir: Path) -> None:
+    """Draws, scores, and says what came of it; of several processes the first one says it."""
     mesh = make_mesh(config.mesh)
     pretrained = load_pretrained(config, mesh)
     network = build.make_backbone(config, pretrained)
-    examples, params = build.load_weights(config, flags.workdir, network, pretrained, mesh)
-    prompts = build.make_prompts(config, flags.workdir)
+    examples, params = build.load_weights(config, workdir, network, pretrained, mesh)
+    prompts = build.make_prompts(config, workdir)
     evaluator = build.make_evaluator(config, prompts, network, pretrained, mesh)
-    validate = build.make_validation(config, flags.workdir, network, pretrained, mesh)
+    validate = build.make_validation(config, workdir, network, pretrained, mesh)
     evaluation = evaluator(params, pretrained.params, config.sampling.guidance)
     losses = validate(params, pretrained.params)
-    picture = flags.workdir / "samples" / "evaluated.png"
+    if not distributed.is_first():
+        return
+    picture = workdir / "samples" / "evaluated.png"
     save_grid(picture, evaluation.images[: config.eval.shown])
     line = {
         "examples": examples,
@@ -40,7 +48,7 @@ def main(flags: argparse.Namespace) -> None:
         "validation": losses,
         "config": json.loads(to_json(config)),
     }
-    append_line(flags.workdir / "scores.jsonl", line)
+    append_line(workdir / "scores.jsonl", line)
     print(table(evaluation.scores, losses))
     print(f"{len(prompts.texts)} prompts, {examples} examples of training; samples in {picture}")
 
@@ -56,4 +64,4 @@ def table(scores: dict[str, Estimate], losses: dict[str, float]) -> str:
 
 
 if __name__ == "__main__":
-    run_command(main, RunConfig, description=__doc__)
+    run_command(main, RunConfig, description=__doc__, add_flags=distributed.add_flags)

@@ -24,28 +24,30 @@ from ldm_jax.config import CHECKPOINTS, RunConfig, claim
 from ldm_jax.configuration import to_json
 from ldm_jax.data.durable import alone_in
 from ldm_jax.data.scenes import render
+from ldm_jax.evals.evaluator import Evaluation
 from ldm_jax.evals.journal import Journal
 from ldm_jax.flags import run_command
 from ldm_jax.models.flops import count
 from ldm_jax.nn.functional import Functional
-from ldm_jax.parallel import jit, make_mesh
+from ldm_jax.parallel import distributed, jit, make_mesh
 from ldm_jax.pretrained import Pretrained, load_pretrained
-from ldm_jax.scaling.records import RunRecord, append_record
-from ldm_jax.training import Every, Hook, State, Tick, fit, prefetch
+from ldm_jax.scaling.records import RunRecord, append_line, append_record
+from ldm_jax.training import Every, Hook, State, Stopwatch, Tick, fit, prefetch
 from ldm_jax.training.checkpoints import Checkpoints
-from ldm_jax.training.hooks import Guard, Metrics, Profiler, Progress, Save, tensorboard
+from ldm_jax.training.hooks import Guard, Metrics, Preemption, Profiler, Progress, Save, tensorboard
 from ldm_jax.types import Estimate, Params
 
 
 def main(flags: argparse.Namespace) -> None:
     """Trains, from scratch or from the last checkpoint in the working directory."""
-    flags.workdir.mkdir(parents=True, exist_ok=True)
-    writes = jax.process_index() == 0
-    with alone_in(flags.workdir) if writes else contextlib.nullcontext():
-        run(flags.config, flags.workdir)
+    watch = Stopwatch("start")
+    with distributed.joined(flags):
+        flags.workdir.mkdir(parents=True, exist_ok=True)
+        with alone_in(flags.workdir) if distributed.is_first() else contextlib.nullcontext():
+            run(flags.config, flags.workdir, watch)
 
 
-def run(config: RunConfig, workdir: Path) -> None:
+def run(config: RunConfig, workdir: Path, watch: Stopwatch) -> None:
     """Builds what the config describes and trains it."""
     if jax.config.jax_compilation_cache_dir is None:  # else it is the user's
         jax.config.update("jax_compilation_cache_dir", str(workdir / "compiled"))
@@ -54,26 +56,32 @@ def run(config: RunConfig, workdir: Path) -> None:
     pretrained = load_pretrained(config, mesh)
     loader = build.make_loader(config, workdir, pretrained, mesh)
     network = build.make_backbone(config, pretrained)
-    claim(config, workdir)
+    claim(config, workdir, write=distributed.is_first())
     training = build.make_training(config, network, pretrained, mesh)
     checkpoints = Checkpoints(workdir / CHECKPOINTS, keep=config.train.keep)
     state = begin(training, checkpoints)
-    metrics = Metrics(workdir, config.train.log_every, tensorboard(workdir), int(state.examples))
+    begun = int(state.examples)
     guard = Guard(workdir, checkpoints.latest, factor=config.train.explosion)
-    evaluate = Evaluate(config, workdir, network, pretrained, mesh, metrics, guard.settle)
-    if not int(state.examples):
-        evaluate.untrained(state)
     flops = flops_per_example(config, pretrained)
+    metrics = shown = None
+    if distributed.is_first():
+        metrics = Metrics(workdir, config.train.log_every, tensorboard(workdir), begun)
+        shown = [metrics, Progress(config.train.examples, flops)]
+    evaluate = Evaluate(config, workdir, network, pretrained, mesh, metrics, guard.settle)
+    if not begun:
+        with watch("evaluation"):
+            evaluate.untrained(state)
+    settle = (guard.settle, metrics.settle) if metrics else (guard.settle,)
     hooks = [
         guard,
-        metrics,
-        Progress(config.train.examples, flops),
+        *(shown or ()),
         Every(config.eval.every, evaluate),
-        Save(checkpoints, config.train.save_every, settle=(guard.settle, metrics.settle)),
+        Save(checkpoints, config.train.save_every, settle=settle),
+        Preemption(checkpoints, distributed.PREEMPTED, settle=settle),
     ]
-    if config.train.profile:
+    if config.train.profile and distributed.is_first():
         hooks.append(Profiler(workdir / "profile", *config.train.profile))
-    loader.seek(int(state.examples))
+    loader.seek(begun)
     # Pinned, or the compiler may place the new state otherwise and compile a second time.
     placed = jax.tree.map(lambda leaf: leaf.sharding, training.abstract)
     step = jit(training.step, mesh, donate_argnums=0, out_shardings=(placed, None))
@@ -84,10 +92,25 @@ def run(config: RunConfig, workdir: Path) -> None:
             prefetch(loader, mesh),
             until=config.train.examples,
             hooks=hooks,
+            watch=watch,
         )
     finally:
         loader.close()
-    append_record(workdir / "record.jsonl", record(config, workdir, state, flops))
+        watch.close()
+        if distributed.is_first():
+            tell_time(watch, workdir, begun)
+    if distributed.is_first():
+        append_record(workdir / "record.jsonl", record(config, workdir, state, flops))
+
+
+def tell_time(watch: Stopwatch, workdir: Path, begun: int) -> None:
+    """Says where the time went, and keeps it: one line for each time that the command ran."""
+    logging.info("%s", watch)
+    if watch.recompiled:
+        logging.warning("The step was compiled %d times more after its first.", watch.recompiled)
+    seconds = {part: round(value, 3) for part, value in watch.seconds.items()}
+    line = {"from": begun, "recompiled": watch.recompiled, "seconds": seconds}
+    append_line(workdir / "goodput.jsonl", line)
 
 
 def begin(training: build.Training, checkpoints: Checkpoints) -> State:
@@ -100,7 +123,12 @@ def begin(training: build.Training, checkpoints: Checkpoints) -> State:
 
 
 class Evaluate(Hook):
-    """Samples of fixed prompts, their scores and the validation loss, into the journal and the metrics."""
+    """Samples of fixed prompts, their scores and the validation loss, by all processes together.
+
+    That with `metrics` writes them there and into the journal.
+    """
+
+    part = "evaluation"
 
     def __init__(
         self,
@@ -109,14 +137,15 @@ class Evaluate(Hook):
         network: Functional,
         pretrained: Pretrained,
         mesh: jax.sharding.Mesh,
-        metrics: Metrics,
+        metrics: Metrics | None,
         settle: Callable[[], None],
     ) -> None:
         self._prompts = build.make_prompts(config, workdir)
         self._evaluator = build.make_evaluator(config, self._prompts, network, pretrained, mesh)
         self._validate = build.make_validation(config, workdir, network, pretrained, mesh)
-        self._journal = Journal(workdir, config.eval.shown)
-        self._journal.prompts(self._prompts)
+        self._journal = Journal(workdir, config.eval.shown) if metrics else None
+        if self._journal:
+            self._journal.prompts(self._prompts)
         self._config, self._frozen, self._metrics = config, pretrained.params, metrics
         self._settle = settle
 
@@ -134,8 +163,10 @@ class Evaluate(Hook):
             pixels = np.stack([render(scene) for scene in self._prompts.scenes])
             truth = pixels.astype(np.float32) / 127.5 - 1
             references["true renders"] = self._evaluator.score(truth, self._frozen)
-            self._journal.picture("samples/true.png", truth)
-        self._journal.references(references)
+            if self._journal:
+                self._journal.picture("samples/true.png", truth)
+        if self._journal:
+            self._journal.references(references)
 
     def close(self) -> None:
         """Every evaluation is written when it is made."""
@@ -143,6 +174,13 @@ class Evaluate(Hook):
     def _write(self, examples: int, weights: str, params: Params) -> dict[str, Estimate]:
         evaluation = self._evaluator(params, self._frozen, self._config.sampling.guidance)
         losses = self._validate(params, self._frozen)
+        if self._journal:
+            self._told(examples, weights, evaluation, losses)
+        return evaluation.scores
+
+    def _told(
+        self, examples: int, weights: str, evaluation: Evaluation, losses: dict[str, float]
+    ) -> None:
         self._journal.add(examples, weights, evaluation, losses)
         scalars = {name: score.value for name, score in evaluation.scores.items()}
         scalars |= {f"validation_loss/{level}": loss for level, loss in losses.items()}
@@ -151,7 +189,6 @@ class Evaluate(Hook):
         shown = ("clip_score", "faithfulness")
         text = ", ".join(f"{name} {scalars[name]:.3f}" for name in shown if name in scalars)
         logging.info("%d examples: %s", examples, text)
-        return evaluation.scores
 
 
 def flops_per_example(config: RunConfig, pretrained: Pretrained) -> float:
@@ -196,4 +233,4 @@ def commit() -> str:
 
 
 if __name__ == "__main__":
-    run_command(main, RunConfig, description=__doc__)
+    run_command(main, RunConfig, description=__doc__, add_flags=distributed.add_flags)

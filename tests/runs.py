@@ -2,11 +2,12 @@
 
 from pathlib import Path
 
-from ldm_jax import encode, train
+from ldm_jax import encode, evaluate, train
 from ldm_jax.config import DataConfig, EvalConfig, RunConfig, SamplingConfig, TrainConfig
 from ldm_jax.configuration import to_json
 from ldm_jax.flags import parse
 from ldm_jax.models.unet_config import UNetConfig
+from ldm_jax.parallel import distributed
 from ldm_jax.training.optimizer import OptimizerConfig
 
 TINY = RunConfig(
@@ -46,6 +47,8 @@ def given(directory: Path, config: RunConfig = TINY) -> str:
 
 def run(command, workdir: Path, *words: str, **options) -> None:
     """What `python -m ldm_jax.COMMAND --workdir=... WORDS` does, in this process."""
+    if command in (train, evaluate):
+        options["add_flags"] = distributed.add_flags
     command.main(parse([f"--workdir={workdir}", *words], RunConfig, **options))
 
 

@@ -4,7 +4,8 @@ What keeps a run alive and tells of it stands beside them, and imports Orbax and
 `ldm_jax.training.checkpoints` and `ldm_jax.training.hooks`.
 """
 
-from ldm_jax.training.loop import Every, Hook, Tick, TrainingError, fit, prefetch
+from ldm_jax.training.goodput import Stopwatch
+from ldm_jax.training.loop import Every, Hook, Preempted, Tick, TrainingError, fit, prefetch
 from ldm_jax.training.optimizer import OptimizerConfig, make_optimizer
 from ldm_jax.training.state import State, abstract_state, init_state
 from ldm_jax.training.step import make_step
@@ -13,7 +14,9 @@ __all__ = [
     "Every",
     "Hook",
     "OptimizerConfig",
+    "Preempted",
     "State",
+    "Stopwatch",
     "Tick",
     "TrainingError",
     "abstract_state",

@@ -11,8 +11,10 @@ import io
 import json
 import logging
 import math
+import signal
 import statistics
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -25,7 +27,7 @@ from jax.experimental import multihost_utils
 from ldm_jax.parallel.mesh import peak_flops
 from ldm_jax.parallel.rules import leaf_name
 from ldm_jax.training.checkpoints import Checkpoints
-from ldm_jax.training.loop import AHEAD, Hook, Tick, TrainingError
+from ldm_jax.training.loop import AHEAD, Hook, Preempted, Tick, TrainingError
 from ldm_jax.types import Batch, Images
 
 _log = logging.getLogger(__name__)
@@ -286,6 +288,50 @@ class Profiler(Hook):
             jax.profiler.stop_trace()
 
 
+class Preemption(Hook):
+    """Saves once more and ends the run when it is told to stop: by SIGTERM, which announces the end of a machine.
+
+    In a run of several processes any of them may be told, and JAX agrees with the others on the step after which all
+    save. `settle` are asked first, as those of `Save`, after which this hook comes.
+
+    Raises:
+      Preempted: the state is saved.
+      OSError: it could not be.
+    """
+
+    part = "checkpoints"
+
+    def __init__(
+        self, checkpoints: Checkpoints, status: int, settle: Sequence[Callable[[], None]] = ()
+    ) -> None:
+        self._checkpoints, self._status, self._settle = checkpoints, status, settle
+        self._told, self._before = threading.Event(), None
+        if jax.process_count() == 1:  # else JAX listens
+            self._before = signal.signal(signal.SIGTERM, lambda *_: self._told.set())
+
+    def __call__(self, tick: Tick) -> None:
+        if tick.last or not self._reached(tick.step):
+            return
+        _log.warning("Told to stop after %d examples: saving.", tick.examples)
+        for settle in self._settle:
+            settle()
+        with _told():
+            self._checkpoints.wait()
+        self._checkpoints.save(tick.state)
+        self._checkpoints.wait()
+        _log.warning("Saved after %d examples; the same command continues.", tick.examples)
+        raise Preempted(self._status)
+
+    def close(self) -> None:
+        if self._before is not None:
+            signal.signal(signal.SIGTERM, self._before)
+
+    def _reached(self, step: int) -> bool:
+        if jax.process_count() == 1:
+            return self._told.is_set()
+        return multihost_utils.reached_preemption_sync_point(step)
+
+
 class Save(Hook):
     """Saves the state at the end of every period of examples, and waits for the last save.
 
@@ -293,6 +339,8 @@ class Save(Hook):
     the guard would refuse, and no checkpoint is ahead of the metrics. Training goes on after a save
     that failed, unless it was the last; this hook comes after those whose work must not be lost.
     """
+
+    part = "checkpoints"
 
     def __init__(
         self, checkpoints: Checkpoints, period: int, settle: Sequence[Callable[[], None]] = ()

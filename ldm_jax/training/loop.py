@@ -9,6 +9,7 @@ import jax
 from jax.sharding import Mesh
 
 from ldm_jax.parallel.mesh import put_batch
+from ldm_jax.training.goodput import STEPS, Stopwatch
 from ldm_jax.training.state import State
 from ldm_jax.training.step import Scalars
 from ldm_jax.types import Batch
@@ -19,6 +20,10 @@ AHEAD = 2
 
 class TrainingError(FloatingPointError):
     """A run that must not go on; the message is one sentence for its owner."""
+
+
+class Preempted(SystemExit):
+    """A run that was stopped from outside, is saved, and is to be continued; ends the process with this status."""
 
 
 class Tick(NamedTuple):
@@ -50,6 +55,8 @@ class Tick(NamedTuple):
 class Hook(Protocol):
     """Something that looks on. Hooks run in order after each step; an exception stops the run."""
 
+    part: str = "hooks"  # what its time is charged to
+
     def __call__(self, tick: Tick) -> None: ...
 
     def close(self) -> None:
@@ -60,7 +67,7 @@ class Every(Hook):
     """Calls a hook on the steps at which a period of so many examples ends."""
 
     def __init__(self, period: int, hook: Hook) -> None:
-        self.period, self.hook = period, hook
+        self.period, self.hook, self.part = period, hook, hook.part
 
     def __call__(self, tick: Tick) -> None:
         if tick.ends(self.period):
@@ -77,33 +84,39 @@ def fit(
     *,
     until: int,
     hooks: Sequence[Hook] = (),
+    watch: Stopwatch | None = None,
 ) -> State:
     """Trains until at least `until` examples are seen, from wherever the state stands.
 
     `batches` must begin at the position `state.examples`; `prefetch` brings them to the devices in
-    time. The host waits for a step only to stay at most `AHEAD` steps before the devices.
+    time. The host waits for a step only to stay at most `AHEAD` steps before the devices. `watch` is
+    told what the time goes to: data, the first step (which compiles), steps, and each hook's `part`.
 
     Raises:
       ValueError: the batches end before `until`.
     """
     number, examples = int(state.step), int(state.examples)
     running: collections.deque[Scalars] = collections.deque()
-    source = iter(batches)
+    source, watch, part = iter(batches), watch or Stopwatch("start"), "first step"
     with contextlib.ExitStack() as closing:
         for hook in reversed(hooks):
             closing.callback(hook.close)
         while examples < until:
-            batch = next(source, None)
+            with watch("data"):
+                batch = next(source, None)
             if batch is None:
                 raise ValueError(f"The batches ended after {examples} of {until} examples.")
-            state, scalars = step(state, batch)
+            with watch(part):
+                state, scalars = step(state, batch)
+                running.append(scalars)
+                if len(running) > AHEAD:
+                    jax.block_until_ready(running.popleft())
             number, before, examples = number + 1, examples, examples + len(batch.weight)
-            running.append(scalars)
-            if len(running) > AHEAD:
-                jax.block_until_ready(running.popleft())
+            part = STEPS
             tick = Tick(number, before, examples, examples >= until, state, scalars, batch)
             for hook in hooks:
-                hook(tick)
+                with watch(hook.part):
+                    hook(tick)
     return state
 
 

@@ -1,0 +1,133 @@
+"""Several processes as one run: how they find each other, and how they part.
+
+On TPU VMs, GKE, Slurm and Open MPI JAX finds out by itself who there is; elsewhere it is told, by flags or by the
+environment. A process that is lost takes the others with it: JAX's coordination service misses its heartbeat and aborts
+them, with exit status ABORTED. Whoever started them starts all of them again, and the run continues.
+"""
+
+import argparse
+import atexit
+import contextlib
+import logging
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
+
+import jax
+
+PREEMPTED = (
+    75  # exit status: stopped from outside, saved, to be continued (EX_TEMPFAIL of sysexits.h)
+)
+ABORTED = 134  # exit status: another process was lost (SIGABRT)
+
+_log = logging.getLogger(__name__)
+_VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+_FLAGS = ("--coordinator", "--num-processes", "--process-id")
+
+
+class Place(NamedTuple):
+    """Where the processes meet, how many they are, and which of them this one is."""
+
+    coordinator: str
+    num_processes: int
+    process_id: int
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """What a command that may run as several processes is told."""
+    group = parser.add_argument_group("several processes")
+    text = "join the other processes of a TPU slice, or of a job of Slurm or Open MPI"
+    group.add_argument("--distributed", action="store_true", help=text)
+    text = "elsewhere: where process 0 is reached (or in JAX_COORDINATOR_ADDRESS)"
+    group.add_argument(_FLAGS[0], metavar="HOST:PORT", help=text)
+    text = "how many processes there are (or in JAX_NUM_PROCESSES)"
+    group.add_argument(_FLAGS[1], type=int, metavar="N", help=text)
+    text = "which of them this is, from 0 (or in JAX_PROCESS_ID)"
+    group.add_argument(_FLAGS[2], type=int, metavar="I", help=text)
+    text = "how long to wait for all to arrive (default 300)"
+    group.add_argument("--arrival-timeout", type=int, default=300, metavar="SECONDS", help=text)
+    text = "silence after which a process counts as lost, and all others end (default 100)"
+    group.add_argument("--heartbeat-timeout", type=int, default=100, metavar="SECONDS", help=text)
+
+
+@contextlib.contextmanager
+def joined(flags: argparse.Namespace) -> Iterator[None]:
+    """Joins the other processes, if there are any; to be called before anything is computed.
+
+    A process that ends with an error leaves at once, so that the others do not wait for it.
+
+    Raises:
+      ValueError: only a part of the three settings is given, they contradict each other, or `--distributed` finds no
+        slice or job that this process is part of.
+    """
+    place = _place(flags, os.environ)
+    if place is None and not flags.distributed:
+        yield
+        return
+    _initialize(place, flags)
+    _log.info("Process %d of %d.", jax.process_index(), jax.process_count())
+    try:
+        yield
+    except SystemExit:
+        raise  # of all processes together, as after a preemption
+    except BaseException:
+        atexit.register(_leave)  # before JAX's own, which would wait for the others
+        raise
+
+
+def is_first() -> bool:
+    """Whether this process writes what people read; in a run of several the others compute and save with it."""
+    return jax.process_index() == 0
+
+
+def _initialize(place: Place | None, flags: argparse.Namespace) -> None:
+    timeouts = {
+        "initialization_timeout": flags.arrival_timeout,
+        "heartbeat_timeout_seconds": flags.heartbeat_timeout,
+        "shutdown_timeout_seconds": flags.arrival_timeout,
+    }
+    if place is not None:
+        _log.info(
+            "Process %d waits at %s until all %d are there, %d s at most.",
+            *(place.process_id, place.coordinator, place.num_processes, flags.arrival_timeout),
+        )
+        jax.distributed.initialize(**place._asdict(), **timeouts)
+        return
+    try:
+        jax.distributed.initialize(**timeouts)
+    except (ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"--distributed finds no TPU slice and no job that this process is part of ({error}); give"
+            f" {', '.join(_FLAGS)}"
+        ) from error
+
+
+def _place(flags: argparse.Namespace, environment: Mapping[str, str]) -> Place | None:
+    given = (flags.coordinator, flags.num_processes, flags.process_id)
+    if given == (None, None, None):
+        given = tuple(environment.get(name) for name in _VARIABLES)
+        if given[1:] == (None, None):
+            return None  # an address alone may be meant for `--distributed`
+    if None in given:
+        raise ValueError(
+            f"{', '.join(_FLAGS)} go together (or {', '.join(_VARIABLES)}); got {given}"
+        )
+    coordinator, num_processes, process_id = given
+    try:
+        place = Place(coordinator, int(num_processes), int(process_id))
+    except ValueError:
+        raise ValueError(f"{' and '.join(_VARIABLES[1:])} are numbers; got {given[1:]}") from None
+    if not 0 <= place.process_id < place.num_processes:
+        raise ValueError(
+            f"process {place.process_id} of {place.num_processes}: they are counted from 0"
+        )
+    if not place.coordinator.rpartition(":")[2].isdigit():
+        raise ValueError(f"the coordinator is HOST:PORT; got {place.coordinator!r}")
+    return place
+
+
+def _leave() -> None:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(1)
