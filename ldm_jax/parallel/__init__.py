@@ -1,12 +1,12 @@
 """How devices form a mesh, and which array lies where on it."""
 
+from ldm_jax.parallel.chips import peak_flops
 from ldm_jax.parallel.compiler import compiler_options, jit
 from ldm_jax.parallel.mesh import (
     MeshConfig,
     batch_sharding,
     batch_share,
     make_mesh,
-    peak_flops,
     put_batch,
     put_same,
     replicated,

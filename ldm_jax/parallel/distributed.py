@@ -21,6 +21,8 @@ PREEMPTED = (
 )
 ABORTED = 134  # exit status: another process was lost (SIGABRT)
 
+THREADS = 64  # of XLA on CPUs
+
 _log = logging.getLogger(__name__)
 _VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 _FLAGS = ("--coordinator", "--num-processes", "--process-id")
@@ -82,6 +84,10 @@ def is_first() -> bool:
 
 
 def _initialize(place: Place | None, flags: argparse.Namespace) -> None:
+    # On CPUs programs that run at the same time would take each other's messages, and a device that waits for another
+    # holds a thread, of which XLA makes as many as there are cores: either way all wait for ever.
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
+    os.environ.setdefault("NPROC", str(THREADS))
     timeouts = {
         "initialization_timeout": flags.arrival_timeout,
         "heartbeat_timeout_seconds": flags.heartbeat_timeout,
@@ -92,7 +98,7 @@ def _initialize(place: Place | None, flags: argparse.Namespace) -> None:
             "Process %d waits at %s until all %d are there, %d s at most.",
             *(place.process_id, place.coordinator, place.num_processes, flags.arrival_timeout),
         )
-        jax.distributed.initialize(**place._asdict(), **timeouts)
+        jax.distributed.initialize(*place, **timeouts)
         return
     try:
         jax.distributed.initialize(**timeouts)

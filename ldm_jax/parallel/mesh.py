@@ -153,30 +153,6 @@ def _check_rows(size: int, mesh: Mesh) -> None:
         )
 
 
-def peak_flops(device_kind: str) -> float | None:
-    """The dense bf16 FLOP/s that the vendor states for a `jax.Device.device_kind`, if known."""
-    return next((peak for kind, peak in _PEAKS if device_kind.startswith(kind)), None)
-
-
-# A JAX device is one core of a TPU v2 and v3 and of the two-chiplet TPU7x, a whole chip elsewhere.
-# The longest name of a family stands first.
-_PEAKS = (
-    ("TPU v2", 22.5e12),
-    ("TPU v3", 61.5e12),
-    ("TPU v4", 275e12),
-    ("TPU v5 lite", 197e12),
-    ("TPU v5e", 197e12),
-    ("TPU v5", 459e12),
-    ("TPU v6", 918e12),
-    ("TPU7x", 1153.5e12),
-    ("NVIDIA A100", 312e12),
-    ("NVIDIA H100 PCIe", 756e12),
-    ("NVIDIA H100 NVL", 835e12),
-    ("NVIDIA H100", 989e12),
-    ("NVIDIA H200", 989e12),
-)
-
-
 def _sizes(config: MeshConfig, num_devices: int) -> tuple[int, ...]:
     sizes = tuple(getattr(config, axis) for axis in AXES)
     given = ", ".join(f"{axis}={size}" for axis, size in zip(AXES, sizes, strict=True))

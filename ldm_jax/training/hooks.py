@@ -24,7 +24,7 @@ import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
 
-from ldm_jax.parallel.mesh import peak_flops
+from ldm_jax.parallel.chips import peak_flops
 from ldm_jax.parallel.rules import leaf_name
 from ldm_jax.training.checkpoints import Checkpoints
 from ldm_jax.training.loop import AHEAD, Hook, Preempted, Tick, TrainingError
