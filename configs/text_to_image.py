@@ -35,6 +35,7 @@ def get_config(name="unet-866m"):
         RunConfig(
             data=DataConfig(size=PIXELS * network.sample_size),
             captions=CaptionPolicy(dropout=0.1),
+            text_precision="bfloat16",
             backbone=network,
             prediction="eps",
             optimizer=OptimizerConfig(learning_rate=rate, warmup_examples=warmup * BATCH),

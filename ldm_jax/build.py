@@ -3,12 +3,14 @@
 import dataclasses
 import functools
 import hashlib
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from etils import epath
 from jax.sharding import Mesh
 
 from ldm_jax import diffusion
@@ -26,6 +28,7 @@ from ldm_jax.models.networks import MODULES
 from ldm_jax.nn.functional import Functional, functional
 from ldm_jax.parallel import batch_share, jit, put_same, replicated, shardings
 from ldm_jax.pretrained import Pretrained
+from ldm_jax.scaling.records import in_bucket
 from ldm_jax.training import State, abstract_state, init_state, make_optimizer, make_step
 from ldm_jax.training.checkpoints import Checkpoints
 from ldm_jax.training.step import Step
@@ -99,8 +102,19 @@ def make_training(
     )
 
 
+def jit_step(training: Training, mesh: Mesh) -> Callable[..., Any]:
+    """`step(state, frozen, batch) -> (state, scalars)`, compiled; it takes the state's memory."""
+    # Pinned, or the compiler may place the new state otherwise and compile a second time.
+    placed = jax.tree.map(lambda leaf: leaf.sharding, training.abstract)
+    return jit(training.step, mesh, donate_argnums=0, out_shardings=(placed, None))
+
+
 def load_weights(
-    config: RunConfig, workdir: Path, network: Functional, pretrained: Pretrained, mesh: Mesh
+    config: RunConfig,
+    workdir: epath.PathLike,
+    network: Functional,
+    pretrained: Pretrained,
+    mesh: Mesh,
 ) -> tuple[int, Params]:
     """The examples that the newest checkpoint has seen, and its parameters that `eval.weights` names.
 
@@ -109,7 +123,8 @@ def load_weights(
     """
     field = "ema" if config.eval.weights == "ema" and config.train.ema else "params"
     abstract = make_training(config, network, pretrained, mesh).abstract
-    state = Checkpoints(workdir / CHECKPOINTS).restore(abstract, only=(field, "examples"))
+    checkpoints = Checkpoints(os.path.join(workdir, CHECKPOINTS))
+    state = checkpoints.restore(abstract, only=(field, "examples"))
     return int(state.examples), getattr(state, field)
 
 
@@ -119,12 +134,22 @@ def key(config: RunConfig, use: str) -> jax.Array:
     return jax.random.fold_in(jax.random.key(config.seed), number)
 
 
-def records(config: RunConfig, workdir: Path, part: str = "train") -> Path:
-    """The directory of latents of a part, "train" or "validation"."""
-    return Path(config.data.records or workdir / "latents") / part
+def records(config: RunConfig, workdir: epath.PathLike, part: str = "train") -> Path:
+    """The directory of latents of a part, "train" or "validation".
+
+    Raises:
+      ValueError: it is in a bucket, which ArrayRecord can neither read nor write.
+    """
+    directory = config.data.records or os.path.join(workdir, "latents")
+    if in_bucket(directory):
+        raise ValueError(
+            f"latents cannot be in {directory}, as ArrayRecord knows no buckets: give --config.data.records=DIRECTORY,"
+            " on a disk or where the bucket is mounted (gcsfuse)"
+        )
+    return Path(directory) / part
 
 
-def validation_records(config: RunConfig, workdir: Path) -> Path:
+def validation_records(config: RunConfig, workdir: epath.PathLike) -> Path:
     """The directory of latents that the validation loss, and prompts that are captions, come from."""
     return records(config, workdir, "validation" if config.data.validation else "train")
 
@@ -139,7 +164,9 @@ def autoencoder_of(pretrained: Pretrained) -> Autoencoder:
     )
 
 
-def make_loader(config: RunConfig, workdir: Path, pretrained: Pretrained, mesh: Mesh) -> Loader:
+def make_loader(
+    config: RunConfig, workdir: epath.PathLike, pretrained: Pretrained, mesh: Mesh
+) -> Loader:
     """The training batches of this process.
 
     Raises:
@@ -177,7 +204,11 @@ def check_records(config: RunConfig, directory: Path, pretrained: Pretrained) ->
 
 
 def make_validation(
-    config: RunConfig, workdir: Path, network: Functional, pretrained: Pretrained, mesh: Mesh
+    config: RunConfig,
+    workdir: epath.PathLike,
+    network: Functional,
+    pretrained: Pretrained,
+    mesh: Mesh,
 ) -> Callable[[Params, Params], dict[str, float]]:
     """`validate(params, frozen) -> {noise level: loss}` on fixed records and noise; {} where none is wanted."""
     if not config.eval.validation:
@@ -238,9 +269,9 @@ def make_sampling(config: RunConfig, network: Functional, pretrained: Pretrained
     )
 
 
-def make_prompts(config: RunConfig, workdir: Path) -> Prompts:
+def make_prompts(config: RunConfig, workdir: epath.PathLike) -> Prompts:
     """The prompts that the run is evaluated on; ValueError or FileNotFoundError where they cannot be had."""
-    captions = functools.partial(main_captions, validation_records(config, workdir))
+    captions = lambda count: main_captions(validation_records(config, workdir), count)  # noqa: E731
     return read_prompts(config.eval.prompts, captions)
 
 

@@ -6,8 +6,9 @@ between the two, and `ldm_jax.flags` is the command line over both.
 
 import dataclasses
 import fnmatch
-from pathlib import Path
 from typing import Any
+
+from etils import epath
 
 from ldm_jax.configuration import CONFIG_FILE, choice, config_difference, from_json, one_of, to_json
 from ldm_jax.data.captions import CaptionPolicy
@@ -177,7 +178,7 @@ MAY_CHANGE = (
 CHECKPOINTS = "checkpoints"  # the directory of a run that says that its training has begun
 
 
-def claim(config: RunConfig, workdir: Path, *, write: bool = True) -> None:
+def claim(config: RunConfig, workdir: epath.PathLike, *, write: bool = True) -> None:
     """Writes the config of a run into its directory, where later commands find it; without `write` it is only compared.
 
     Until training has begun any setting may change; what the latents were made with is their manifest's business.
@@ -185,6 +186,7 @@ def claim(config: RunConfig, workdir: Path, *, write: bool = True) -> None:
     Raises:
       ValueError: the directory holds another run; the sentence says in which settings.
     """
+    workdir = epath.Path(workdir)
     path, text = workdir / CONFIG_FILE, to_json(config)
     if path.exists() and (workdir / CHECKPOINTS).exists():
         before = to_json(

@@ -19,11 +19,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from etils import epath
 
 from ldm_jax import build
 from ldm_jax.config import WEIGHTS, RunConfig
 from ldm_jax.configuration import CONFIG_FILE, from_json
-from ldm_jax.flags import run_command
+from ldm_jax.flags import any_path, run_command
 from ldm_jax.models import Backbone, scheduler, weights
 from ldm_jax.models.clip import CLIPTextConfig
 from ldm_jax.models.names import Names
@@ -35,6 +36,7 @@ from ldm_jax.models.unet_config import UNetConfig
 from ldm_jax.nn.functional import functional
 from ldm_jax.parallel import MeshConfig, make_mesh
 from ldm_jax.pretrained import load_pretrained, pretrained_directory
+from ldm_jax.scaling.records import in_bucket
 from ldm_jax.types import Params
 
 INDEX = "model_index.json"
@@ -48,10 +50,10 @@ Save = Callable[[Path, Params, Names, Mapping[str, Any]], None]
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """The flags of this command."""
-    text = "directory of a run, or of a pipeline with a model_index.json"
-    parser.add_argument("--from", dest="source", type=Path, required=True, help=text)
+    text = "directory of a run, in a bucket too, or of a pipeline with a model_index.json"
+    parser.add_argument("--from", dest="source", type=any_path, required=True, help=text)
     text = "directory of the pipeline, which there must not be yet"
-    parser.add_argument("--to", type=Path, required=True, help=text)
+    parser.add_argument("--to", type=any_path, required=True, help=text)
     text = "of the written weights (default float32)"
     parser.add_argument("--dtype", choices=weights.DTYPES, default="float32", help=text)
     text = "bytes above which weights are divided into several files, such as 2e9 (default 10e9, which is diffusers')"
@@ -74,31 +76,37 @@ def num_bytes(text: str) -> int:
 
 def main(flags: argparse.Namespace) -> None:
     """Writes the pipeline beside its place, and moves it there once it is whole."""
-    if flags.to.exists():
-        raise ValueError(f"--to={flags.to} exists; give a directory that there is not yet")
+    if in_bucket(flags.to):
+        raise ValueError(f"--to={flags.to} is in a bucket; write to a disk and copy from there")
+    source, to = flags.source, Path(flags.to)
+    if to.exists():
+        raise ValueError(f"--to={to} exists; give a directory that there is not yet")
     save = functools.partial(weights.save, dtype=flags.dtype, max_shard_size=flags.max_shard_size)
-    unfinished = flags.to.with_name(flags.to.name + ".unfinished")
+    unfinished = to.with_name(to.name + ".unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
     try:
-        if (flags.source / INDEX).is_file() or not (flags.source / CONFIG_FILE).is_file():
+        if (source / INDEX).is_file() or not (source / CONFIG_FILE).is_file():
             if flags.weights:
-                raise ValueError(f"--weights={flags.weights} is for runs; {flags.source} is none")
-            from_pipeline(flags.source, unfinished, save)
+                raise ValueError(f"--weights={flags.weights} is for runs; {source} is none")
+            from_pipeline(source, unfinished, save)
         else:
-            from_run(flags.source, unfinished, save, flags.weights)
-        unfinished.rename(flags.to)
+            from_run(source, unfinished, save, flags.weights)
+        unfinished.rename(to)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
-    print(f"{flags.to}: {', '.join(sorted(path.name for path in flags.to.iterdir()))}")
+    print(f"{to}: {', '.join(sorted(path.name for path in to.iterdir()))}")
 
 
-def from_pipeline(source: Path, to: Path, save: Save) -> None:
+def from_pipeline(source: epath.PathLike, to: Path, save: Save) -> None:
     """Every network of a pipeline read and written; all else copied.
 
     Raises:
-      FileNotFoundError, ValueError: no pipeline, or a network in it that cannot be read whole.
+      FileNotFoundError, ValueError: no pipeline on a disk, or a network in it that cannot be read whole.
     """
+    if in_bucket(source):
+        raise ValueError(f"--from={source} is no run, and a pipeline is read from a disk: copy it")
+    source = Path(source)
     if not (source / INDEX).is_file():
         raise FileNotFoundError(
             f"--from={source} is neither a run ({CONFIG_FILE}) nor a pipeline ({INDEX})"
@@ -122,7 +130,7 @@ def copy(source: Path, to: Path, save: Save) -> None:
     save(to, params, kind.names(config), kind.write(config))
 
 
-def from_run(workdir: Path, to: Path, save: Save, which: str | None) -> None:
+def from_run(workdir: epath.Path, to: Path, save: Save, which: str | None) -> None:
     """The backbone of the newest checkpoint, the frozen models beside it, and the scheduler.
 
     Raises:

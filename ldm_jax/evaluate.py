@@ -8,7 +8,8 @@ The scores are printed as a table and appended to WORKDIR/scores.jsonl with the 
 
 import argparse
 import json
-from pathlib import Path
+
+from etils import epath
 
 from ldm_jax import build
 from ldm_jax.config import RunConfig
@@ -27,7 +28,7 @@ def main(flags: argparse.Namespace) -> None:
         run(flags.config, flags.workdir)
 
 
-def run(config: RunConfig, workdir: Path) -> None:
+def run(config: RunConfig, workdir: epath.Path) -> None:
     """Draws, scores, and says what came of it; of several processes the first one says it."""
     mesh = make_mesh(config.mesh)
     pretrained = load_pretrained(config, mesh)

@@ -8,6 +8,7 @@ said in one line on standard error, with exit code 2 for the command line and 1 
 
 import argparse
 import ast
+import contextlib
 import importlib.util
 import inspect
 import logging
@@ -23,6 +24,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NoReturn
 
+from etils import epath
 from ml_collections import config_dict
 
 from ldm_jax import configuration
@@ -59,7 +61,8 @@ def run_command(
     logging.getLogger("jax").setLevel(logging.WARNING)  # or it lists the platforms it does not find
     options = {"description": description, "add_flags": add_flags, "in_workdir": in_workdir}
     try:
-        flags = parse(sys.argv[1:], cls, **options)
+        with _bucket_errors():
+            flags = parse(sys.argv[1:], cls, **options)
     except UsageError as error:
         if "--traceback" in sys.argv:
             raise
@@ -70,7 +73,8 @@ def run_command(
     except OSError as error:
         _fail(_sentence(error), 1)
     try:
-        main(flags)
+        with _bucket_errors():
+            main(flags)
     except KeyboardInterrupt:
         _fail("interrupted", 130)
     except USER_ERRORS as error:
@@ -133,6 +137,13 @@ def load_config(reference: str) -> config_dict.ConfigDict:
     return config
 
 
+def any_path(text: str) -> epath.Path:
+    """A flag's path, on a disk or in a bucket; argparse makes a sentence of what this raises."""
+    if "://" in text and not text.startswith("gs://"):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither on a disk nor gs://BUCKET/...")
+    return epath.Path(text)
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise UsageError(message)
@@ -170,8 +181,9 @@ def _parser(
         text = "another value for one setting of the config (listed below)"
         parser.add_argument("--config.KEY", metavar="VALUE", help=text)
     if in_workdir:
-        text = "directory of the run"
-        parser.add_argument("--workdir", type=Path, required=True, metavar="DIRECTORY", help=text)
+        text = "directory of the run, on a disk or gs://BUCKET/DIRECTORY"
+        kind = {"type": any_path, "metavar": "DIRECTORY"}
+        parser.add_argument("--workdir", required=True, **kind, help=text)
     if add_flags is not None:
         add_flags(parser)
     text = "show the stack of an error too"
@@ -183,6 +195,8 @@ def _parser(
 def _config(flags: argparse.Namespace, overrides: list[tuple[str, str]], cls: type) -> Any:
     if flags.config is not None:
         config = _complete(load_config(flags.config), configuration.to_config_dict(cls()))
+    elif not hasattr(flags, "workdir"):
+        return None  # the command says whether it wants one
     elif (stored := flags.workdir / CONFIG_FILE).is_file():
         config = configuration.to_config_dict(_stored(stored, cls))
     else:
@@ -211,7 +225,7 @@ def _complete(
     return config
 
 
-def _stored(path: Path, cls: type) -> Any:
+def _stored(path: epath.Path, cls: type) -> Any:
     try:
         return configuration.from_json(path.read_text(), cls)
     except ValueError as error:
@@ -339,6 +353,17 @@ def _row(left: str, right: str) -> str:
     if len(head) < HELP_COLUMN:
         head, lines = f"{head:<{HELP_COLUMN}}{lines[0]}", lines[1:]
     return "\n".join(["", head, *(" " * HELP_COLUMN + line for line in lines)])
+
+
+@contextlib.contextmanager
+def _bucket_errors() -> Iterator[None]:
+    """Makes an OSError of what TensorFlow, which reads and writes buckets for `epath`, says of one."""
+    try:
+        yield
+    except Exception as error:
+        if type(error).__module__.startswith("tensorflow."):
+            raise OSError(str(error)) from error
+        raise
 
 
 def _sentence(error: BaseException) -> str:

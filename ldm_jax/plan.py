@@ -1,32 +1,211 @@
-"""What backbones cost, before anything is spent.
+"""What a run costs on TPUs, before one is rented; on any machine, by the TPUs' own compiler.
 
+    python -m ldm_jax.plan --config=configs/text_to_image.py:unet-866m --topology=v5p:4x4x8 --price=4.20
+    python -m ldm_jax.plan --config=configs/text_to_image.py:unet-5b --topology=v5e:16x16 --search
     python -m ldm_jax.plan --table
 
-prints every backbone of `ldm_jax.models.sizes`: its parameters and the cost of a forward pass for one image, counted
-layer by layer, beside what its paper prints of them. The cost is in the paper's unit at its size of latents: A's GFLOPs
-have two for every multiply-add, those between queries, keys and values included; B's GMACs are without these.
+The first compiles the training step and the sampling program of the run for that slice, or several, and reports their
+memory, their time with what of it communication takes, and what the whole run comes to. `--search` looks for the
+layout: mesh, parts of a batch, recomputation. `--profile` says where the time goes. A compilation takes minutes, ten of
+them for the largest networks. Needs jax[tpu]. Time is the compiler's estimate, for which see docs/tpu.md.
+
+`--table` prints every backbone of `ldm_jax.models.sizes`: its parameters and the cost of a forward pass for one image,
+counted layer by layer, beside what its paper prints of them. The cost is in the paper's unit at its size of latents:
+A's GFLOPs have two for every multiply-add, also between queries, keys and values; B's GMACs are without these.
 """
 
 import argparse
-from collections.abc import Iterator
+import collections
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
 
+import jax
+
+from ldm_jax import layouts, programs
+from ldm_jax.config import RunConfig
 from ldm_jax.flags import UsageError, run_command
+from ldm_jax.models import BACKBONES
 from ldm_jax.models.sizes import SIZES, UNITS
+from ldm_jax.parallel import make_mesh
+from ldm_jax.parallel.aot import topology
+from ldm_jax.parallel.chips import Chip, chip
+from ldm_jax.parallel.cost import OutOfMemory
 
 HEADER = ("backbone", "source", "M params", "printed", "", "forward", "", "printed", "", "")
 ROW = "{:<22} {:<11} {:>9} {:>8} {:>7} {:>9} {:<6} {:>8} {:>7}  {}"
+PROGRAMS = {"training": programs.training, "sampling": programs.sampling}
+TRIED = 6  # layouts that `--search` compiles at most, to find the best
+FOUND = 3  # of them that fit
+SHOWN = 12  # modules in a profile
+GIB = 2**30
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """The flags of this command."""
     parser.add_argument("--table", action="store_true", help="print the backbones and their costs")
+    text = "the slice: its kind and its chips, such as v5e:16x16, v5p:4x4x8, v6e:8x16"
+    parser.add_argument("--topology", metavar="KIND:AxB", help=text)
+    text = "how many of them, joined by the data-centre network (default 1)"
+    parser.add_argument("--slices", type=int, default=1, metavar="N", help=text)
+    text = "of a chip for an hour, in whatever currency"
+    parser.add_argument("--price", type=float, metavar="AMOUNT", help=text)
+    text = "only one of the two"
+    parser.add_argument("--program", choices=tuple(PROGRAMS), help=text)
+    text = "look for the fastest layout of the training step that fits"
+    parser.add_argument("--search", action="store_true", help=text)
+    text = "where the time goes, by module and by kind of operation"
+    parser.add_argument("--profile", action="store_true", help=text)
 
 
 def main(flags: argparse.Namespace) -> None:
-    """Prints the table."""
-    if not flags.table:
-        raise UsageError("nothing to do; --table prints the backbones and their costs")
-    print("\n".join(table()))
+    """Prints the table, the plan, or the frontier of layouts."""
+    if flags.table:
+        print("\n".join(table()))
+        return
+    if flags.config is None or flags.topology is None:
+        raise UsageError(
+            "a plan takes --config=FILE and --topology=KIND:AxB; --table prints the backbones and their costs"
+        )
+    if flags.slices < 1:
+        raise UsageError(f"--slices is {flags.slices}; it is at least 1")
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_enable_compilation_cache", False)  # it cannot hold programs for TPUs
+    devices = topology(flags.topology, flags.slices)
+    for line in (search if flags.search else plan)(flags, devices):
+        print(line, flush=True)
+
+
+def plan(flags: argparse.Namespace, devices: Sequence[Any]) -> Iterator[str]:
+    """The report on the run as its config has it."""
+    config: RunConfig = flags.config
+    mesh = make_mesh(config.mesh, devices)
+    yield from heading(config, flags, mesh)
+    for name, make in PROGRAMS.items():
+        if flags.program in (None, name):
+            program = make(config, mesh)
+            yield ""
+            try:
+                found = programs.compiled(program)
+            except OutOfMemory as error:
+                yield from refusal(error, program, flags, devices)
+                continue
+            yield from memory(found)
+            yield from times(found)
+            if name == "training":
+                yield from whole_run(config, found, flags.price)
+            yield from (f"  warning: {warning}" for warning in found.warnings)
+            if flags.profile:
+                yield from profile(found)
+
+
+def heading(config: RunConfig, flags: argparse.Namespace, mesh: jax.sharding.Mesh) -> Iterator[str]:
+    """What is planned."""
+    made = programs.parts(config, mesh)
+    params = jax.eval_shape(made.network.init, jax.random.key(0))
+    millions = sum(leaf.size for leaf in jax.tree.leaves(params)) / 1e6
+    slices = f"{flags.slices} slices of " if flags.slices > 1 else ""
+    sizes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
+    rows = config.train.batch / mesh.shape["data"] / mesh.shape["fsdp"]
+    yield f"{type(config.backbone).__name__} of {millions:.1f} M parameters, images of {config.data.size} pixels"
+    yield f"on {slices}{flags.topology}, {mesh.size} devices, mesh {sizes}"
+    yield (
+        f"batch {config.train.batch}, {rows:g} a device in {config.train.accumulate}; {config.train.precision}, remat"
+        f" {config.backbone.remat}; frozen networks of {made.origin}"
+    )
+
+
+def memory(found: programs.Compiled) -> Iterator[str]:
+    """A device's memory, by what it is for."""
+    cost, given = found.cost.memory, programs.held(found.program)
+    rest = {"temporaries": cost.temporaries, "results": cost.outputs, "program": cost.code}
+    shown = ", ".join(f"{name} {size / GIB:.2f}" for name, size in (given | rest).items())
+    yield f"{found.program.name}: memory of a device, GiB: {shown}; left {cost.left / GIB:.2f}"
+
+
+def times(found: programs.Compiled) -> Iterator[str]:
+    """The time of one run of the program, and what of it communication takes."""
+    program, cost = found.program, found.cost
+    count, row = program.mesh.size, _chip(program)
+    share = program.flops / (cost.seconds * count * row.peak)
+    rate = program.images / cost.seconds
+    yield (
+        f"  {cost.seconds * 1e3:.1f} ms: compute {cost.compute * 1e3:.1f}, attention kernels {cost.kernels * 1e3:.1f},"
+        f" exposed communication {cost.exposed * 1e3:.1f} ({cost.exposed / cost.seconds:.1%}; in all"
+        f" {cost.ici * 1e3:.1f} over ICI, {cost.dcn * 1e3:.1f} over DCN)"
+    )
+    yield f"  {rate:.1f} images/s, {rate / count * row.devices:.2f} a chip, MFU {share:.1%}"
+    sent: dict[Any, list[float]] = collections.defaultdict(lambda: [0, 0.0, 0.0])
+    for each in cost.collectives:
+        sums = sent[each.kind, each.group, each.slices]
+        sums[0] += each.times
+        sums[1] += each.times * each.ici_bytes
+        sums[2] += each.times * each.dcn_bytes
+    for (kind, group, slices), (times, ici, dcn) in sorted(sent.items()):
+        across = f", {dcn / 1e6:.1f} MB over DCN" if slices > 1 else ""
+        yield f"  {times} x {kind} among {group}: {ici / 1e6:.1f} MB a device over ICI{across}"
+
+
+def whole_run(config: RunConfig, found: programs.Compiled, price: float | None) -> Iterator[str]:
+    """What the training of `train.examples` comes to."""
+    steps = math.ceil(config.train.examples / config.train.batch)
+    hours = steps * found.cost.seconds / 3600
+    chips = found.program.mesh.size / _chip(found.program).devices
+    cost = "" if price is None else f", {hours * chips * price:,.0f} at {price:g} a chip-hour"
+    yield f"  {steps:,} steps: {hours / 24:.2f} days, {hours * chips:,.0f} chip-hours{cost}"
+
+
+def profile(found: programs.Compiled) -> Iterator[str]:
+    """The modules and the kinds of operations that take longest."""
+    for name, shares in found.profile._asdict().items():
+        yield f"  {name}"
+        for part, seconds in itertools.islice(shares.items(), SHOWN):
+            yield f"    {seconds * 1e3:9.2f} ms {seconds / found.cost.seconds:6.1%}  {part or '(outside)'}"
+
+
+def refusal(
+    error: OutOfMemory, program: programs.Program, flags: argparse.Namespace, devices: Sequence[Any]
+) -> Iterator[str]:
+    """That a program does not fit, of what it is too much, and what would fit."""
+    given = ", ".join(f"{k} {v / GIB:.2f}" for k, v in programs.held(program).items())
+    yield f"{program.name}: does not fit: {error} (of it, in GiB: {given})"
+    if program.name != "training":
+        yield "  fewer images at a time (sampling.batch), or a larger mesh.fsdp, take less"
+        return
+    room = chip(devices[0].device_kind).hbm
+    fitting = [x for x in layouts.estimates(flags.config, devices) if x.memory <= room]
+    for estimate in fitting[:FOUND]:
+        yield f"  would fit by arithmetic ({estimate.memory / GIB:.1f} GiB): {_flags(flags.config, estimate.layout)}"
+    if not fitting:
+        yield "  no mesh of this slice has the room: take a larger one, or a smaller batch"
+
+
+def search(flags: argparse.Namespace, devices: Sequence[Any]) -> Iterator[str]:
+    """The layouts that arithmetic puts first, compiled; the fastest that fits last."""
+    config: RunConfig = flags.config
+    room = chip(devices[0].device_kind).hbm
+    found = layouts.estimates(config, devices)
+    fitting = [estimate for estimate in found if estimate.memory <= room]
+    yield f"{len(found)} layouts of {flags.topology}, of which {len(fitting)} fit by arithmetic"
+    best: list[tuple[float, layouts.Layout]] = []
+    for estimate in (fitting or found)[:TRIED]:
+        run = estimate.layout.applied(config)
+        guess = f"arithmetic: {estimate.seconds * 1e3:.0f} ms, {estimate.memory / GIB:.1f} GiB"
+        try:
+            done = programs.compiled(programs.training(run, make_mesh(run.mesh, devices)))
+        except OutOfMemory as error:
+            yield f"{estimate.layout}: {error} ({guess})"
+            continue
+        used = (room - done.cost.memory.left) / GIB
+        yield f"{estimate.layout}: {done.cost.seconds * 1e3:.1f} ms, {used:.1f} GiB ({guess})"
+        best.append((done.cost.seconds, estimate.layout))
+        if len(best) == FOUND:
+            break
+    if best:
+        yield f"fastest: {_flags(config, min(best)[1])}"
+    else:
+        yield "none of those that were compiled fits; take a larger slice, or a smaller train.batch"
 
 
 def table() -> Iterator[str]:
@@ -49,5 +228,14 @@ def _beside(counted: float, printed: int | float) -> tuple[str, str, str]:
     return f"{counted:.1f}", f"{printed:g}", f"{counted / printed - 1:+.1%}"
 
 
+def _chip(program: programs.Program) -> Chip:
+    return chip(program.mesh.devices.flat[0].device_kind)
+
+
+def _flags(config: RunConfig, layout: layouts.Layout) -> str:
+    name = next(name for name, kind in BACKBONES.items() if isinstance(config.backbone, kind))
+    return layout.flags.replace("NAME", name)
+
+
 if __name__ == "__main__":
-    run_command(main, description=__doc__, add_flags=add_flags, in_workdir=False)
+    run_command(main, RunConfig, description=__doc__, add_flags=add_flags, in_workdir=False)

@@ -14,9 +14,10 @@ from ldm_jax.config import EMBEDDED, RunConfig
 from ldm_jax.models import weights
 from ldm_jax.models.axes import TABLE
 from ldm_jax.models.clip import CLIPTextConfig
-from ldm_jax.models.networks import described
+from ldm_jax.models.networks import MODULES, described
+from ldm_jax.models.released import AUTOENCODER, TEXT
 from ldm_jax.models.t5 import T5Config
-from ldm_jax.models.text import T5_LENGTH, Text
+from ldm_jax.models.text import T5_LENGTH, Ids, Text
 from ldm_jax.models.tiling import decode_tiled
 from ldm_jax.models.tokenizer import Tokenizer
 from ldm_jax.nn.functional import functional
@@ -41,7 +42,7 @@ class Pretrained(NamedTuple):
     text: Text
     text_params: tuple[Params, ...]
     clip: Network | None
-    clip_tokenizer: Tokenizer
+    clip_tokenizer: Tokenizer | None
     reader: Network | None
     tile: int  # latent rows and columns that are decoded at a time; 0: all
 
@@ -101,6 +102,48 @@ def load_pretrained(config: RunConfig, mesh: Mesh) -> Pretrained:
     if pretrained.clip is not None:
         _check_tokenizer(clip, pretrained.clip_tokenizer, pretrained.clip.config.text)
     return pretrained
+
+
+def abstract_pretrained(config: RunConfig, mesh: Mesh) -> tuple[Pretrained, str]:
+    """As `load_pretrained`, of shapes alone, with all that training and sampling need; and where the shapes are from.
+
+    Of a directory the files config.json are enough. The embedded networks stand for none: where the backbone reads
+    another width of text than theirs, the networks are those of the released pipeline that has it.
+
+    Raises:
+      FileNotFoundError, ValueError: as `load_pretrained`; or no released pipeline has this width of text.
+    """
+    directory, released = pretrained_directory(config), TEXT.get(config.backbone.text_width)
+    autoencoder, texts = AUTOENCODER, ()
+    if config.pretrained != EMBEDDED or released is None:
+        origin = str(config.pretrained)
+        autoencoder = described(directory / "vae")[1]
+        parts = (directory / f"text_encoder{number}" for number in ("", "_2"))
+        texts = [described(part)[1] for part in parts if part.is_dir()]
+    else:
+        origin, texts = released
+    texts = [dataclasses.replace(text, dtype=config.text_precision) for text in texts]
+    place = functools.partial(shardings, table=TABLE, rules=config.mesh.pairs, mesh=mesh)
+    vae = _abstract(autoencoder, "float32", place)
+    configs, applies, params = zip(
+        *(_abstract(text, config.text_precision, place) for text in texts), strict=True
+    )
+    ids = tuple(
+        Ids(T5_LENGTH) if isinstance(text, T5Config) else Ids(text.max_position_embeddings)
+        for text in texts
+    )
+    text = Text(ids, configs, applies, config.data.size)
+    return Pretrained(vae, text, params, None, None, None, config.sampling.tile), origin
+
+
+def _abstract(config: Any, dtype: str, place: Callable[[Params], Any]) -> Network:
+    init, apply = functional(lambda rngs: MODULES[type(config)](config, rngs))
+    shapes = jax.eval_shape(init, jax.random.key(0))
+    params = jax.tree.map(
+        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=where),
+        *(shapes, place(shapes)),
+    )
+    return Network(config, apply, params)
 
 
 def _load_text(

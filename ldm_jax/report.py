@@ -29,10 +29,12 @@ from typing import Any
 import matplotlib
 import numpy as np
 from einops import rearrange
+from etils import epath
 from matplotlib.axes import Axes
 from PIL import Image
 
-from ldm_jax.flags import run_command
+from ldm_jax.data.durable import write_atomically
+from ldm_jax.flags import any_path, run_command
 from ldm_jax.scaling import plots
 from ldm_jax.scaling.records import RunRecord, read_records
 from ldm_jax.types import Estimate
@@ -50,7 +52,7 @@ CHART = (4.2, 2.6)  # inches
 class Run:
     """What a run's directory holds; an empty value for each part that is not there."""
 
-    workdir: Path
+    workdir: epath.Path
     config: Line
     metrics: list[Line]
     evaluations: list[Line]
@@ -59,13 +61,14 @@ class Run:
     record: RunRecord | None
 
 
-def read_run(workdir: Path) -> Run:
+def read_run(workdir: epath.PathLike) -> Run:
     """Reads a run's directory.
 
     Raises:
       ValueError: the directory holds none of a run's files, or one of them cannot be read.
       FileNotFoundError: there is no such directory.
     """
+    workdir = epath.Path(workdir)
     if not workdir.is_dir():
         raise FileNotFoundError(f"there is no directory {workdir}")
     if not any((workdir / part).is_file() for part in PARTS):
@@ -100,18 +103,16 @@ def main(flags: argparse.Namespace) -> None:
     """Writes the page of the run in `flags.workdir`."""
     output = flags.output or flags.workdir / "report.html"
     text = page(read_run(flags.workdir))
-    partial = output.with_name(f"{output.name}.partial")
-    partial.write_text(text)
-    partial.replace(output)
+    write_atomically(output, text.encode())
     print(f"{output}: {len(text) / 1e6:.1f} MB")
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     text = "the page; report.html in --workdir by default"
-    parser.add_argument("--output", type=Path, metavar="FILE", help=text)
+    parser.add_argument("--output", type=any_path, metavar="FILE", help=text)
 
 
-def _read_json(path: Path, absent: Any) -> Any:
+def _read_json(path: epath.Path, absent: Any) -> Any:
     if not path.is_file():
         return absent
     try:
@@ -120,7 +121,7 @@ def _read_json(path: Path, absent: Any) -> Any:
         raise ValueError(f"{path} is no JSON: {error}") from error
 
 
-def _read_lines(path: Path) -> list[Line]:
+def _read_lines(path: epath.Path) -> list[Line]:
     """The lines by examples, those of one count merged into one; none that is unfinished."""
     lines: dict[int, Line] = {}
     for text in path.read_text().splitlines() if path.is_file() else ():
@@ -132,7 +133,7 @@ def _read_lines(path: Path) -> list[Line]:
     return [lines[examples] for examples in sorted(lines)]
 
 
-def _last_record(path: Path) -> RunRecord | None:
+def _last_record(path: epath.Path) -> RunRecord | None:
     records = read_records(path) if path.is_file() else []
     return max(records, key=lambda record: record.examples, default=None)
 
@@ -175,9 +176,9 @@ def _spread(lines: list[Line], count: int) -> list[Line]:
     return [lines[i] for i in chosen]
 
 
-def sheet(path: Path) -> Image.Image:
+def sheet(path: epath.PathLike) -> Image.Image:
     """A grid without its gaps, its images no larger than the page shows them."""
-    with Image.open(path) as image:
+    with Image.open(io.BytesIO(epath.Path(path).read_bytes())) as image:
         pixels = np.asarray(image.convert("RGB"))[GAP:, GAP:]
     side = pixels.shape[1] // COLUMNS
     tiles = rearrange(pixels, "(r h) (c w) rgb -> r h c w rgb", h=side, w=side)

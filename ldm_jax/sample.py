@@ -8,6 +8,7 @@ a function of its prompt's number and its seed alone.
 """
 
 import argparse
+import fnmatch
 import functools
 import json
 import logging
@@ -15,15 +16,15 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from PIL import Image
+from etils import epath
 from tqdm import tqdm
 
 from ldm_jax import build
 from ldm_jax.config import RunConfig
 from ldm_jax.evals.generation import Generate
-from ldm_jax.evals.image_grids import save_grid, to_uint8
+from ldm_jax.evals.image_grids import save_grid, save_png, to_uint8
 from ldm_jax.evals.prompts import read_lines
-from ldm_jax.flags import run_command
+from ldm_jax.flags import any_path, run_command
 from ldm_jax.models.text import Text
 from ldm_jax.parallel import jit, make_mesh, put_same, replicated
 from ldm_jax.pretrained import Pretrained, load_pretrained
@@ -39,7 +40,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     text = "images of each prompt (default 1)"
     parser.add_argument("--seeds", type=int, default=1, metavar="N", help=text)
     text = "directory of the images (default WORKDIR/images)"
-    parser.add_argument("--output", type=Path, metavar="DIRECTORY", help=text)
+    parser.add_argument("--output", type=any_path, metavar="DIRECTORY", help=text)
 
 
 def main(flags: argparse.Namespace) -> None:
@@ -115,18 +116,20 @@ def draw(
     return np.concatenate(images)[: len(tokens)]
 
 
-def write(directory: Path, images: Images, prompts: list[str], seeds: int) -> None:
+def write(directory: epath.PathLike, images: Images, prompts: list[str], seeds: int) -> None:
     """PNGs `PROMPT-SEED.png`, a grid with a row a prompt (or a square one), and which prompt is which.
 
     Those of an earlier call into the same directory, which its images.json tells, go; nobody else's do.
     """
+    directory = epath.Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     if (directory / "images.json").exists():
-        for old in directory.glob(f"{'[0-9]' * 5}-[0-9][0-9].png"):
-            old.unlink()
+        for old in list(directory.iterdir()):
+            if fnmatch.fnmatch(old.name, f"{'[0-9]' * 5}-[0-9][0-9].png"):
+                old.unlink()
     for number, pixels in enumerate(to_uint8(images)):
         prompt, seed = divmod(number, seeds)
-        Image.fromarray(pixels).save(directory / f"{prompt:05d}-{seed:02d}.png")
+        save_png(directory / f"{prompt:05d}-{seed:02d}.png", pixels)
     columns = seeds if seeds > 1 else int(np.ceil(np.sqrt(len(images))))
     save_grid(directory / "grid.png", images, columns)
     (directory / "images.json").write_text(json.dumps(prompts, indent=1))

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from etils import epath
 
 from ldm_jax import build
 from ldm_jax.config import CHECKPOINTS, RunConfig, claim
@@ -29,7 +30,7 @@ from ldm_jax.evals.journal import Journal
 from ldm_jax.flags import run_command
 from ldm_jax.models.flops import count
 from ldm_jax.nn.functional import Functional
-from ldm_jax.parallel import distributed, jit, make_mesh
+from ldm_jax.parallel import distributed, make_mesh
 from ldm_jax.pretrained import Pretrained, load_pretrained
 from ldm_jax.scaling.records import RunRecord, append_line, append_record
 from ldm_jax.training import Every, Hook, State, Stopwatch, Tick, fit, prefetch
@@ -47,7 +48,7 @@ def main(flags: argparse.Namespace) -> None:
             run(flags.config, flags.workdir, watch)
 
 
-def run(config: RunConfig, workdir: Path, watch: Stopwatch) -> None:
+def run(config: RunConfig, workdir: epath.Path, watch: Stopwatch) -> None:
     """Builds what the config describes and trains it."""
     if jax.config.jax_compilation_cache_dir is None:  # else it is the user's
         jax.config.update("jax_compilation_cache_dir", str(workdir / "compiled"))
@@ -82,9 +83,7 @@ def run(config: RunConfig, workdir: Path, watch: Stopwatch) -> None:
     if config.train.profile and distributed.is_first():
         hooks.append(Profiler(workdir / "profile", *config.train.profile))
     loader.seek(begun)
-    # Pinned, or the compiler may place the new state otherwise and compile a second time.
-    placed = jax.tree.map(lambda leaf: leaf.sharding, training.abstract)
-    step = jit(training.step, mesh, donate_argnums=0, out_shardings=(placed, None))
+    step = build.jit_step(training, mesh)
     try:
         state = fit(
             lambda state, batch: step(state, pretrained.params, batch),
@@ -103,7 +102,7 @@ def run(config: RunConfig, workdir: Path, watch: Stopwatch) -> None:
         append_record(workdir / "record.jsonl", record(config, workdir, state, flops))
 
 
-def tell_time(watch: Stopwatch, workdir: Path, begun: int) -> None:
+def tell_time(watch: Stopwatch, workdir: epath.Path, begun: int) -> None:
     """Says where the time went, and keeps it: one line for each time that the command ran."""
     logging.info("%s", watch)
     if watch.recompiled:
@@ -133,7 +132,7 @@ class Evaluate(Hook):
     def __init__(
         self,
         config: RunConfig,
-        workdir: Path,
+        workdir: epath.Path,
         network: Functional,
         pretrained: Pretrained,
         mesh: jax.sharding.Mesh,
@@ -198,7 +197,7 @@ def flops_per_example(config: RunConfig, pretrained: Pretrained) -> float:
     return float(count(config.backbone, side, text_tokens).training_flops)
 
 
-def record(config: RunConfig, workdir: Path, state: State, flops: float) -> RunRecord:
+def record(config: RunConfig, workdir: epath.Path, state: State, flops: float) -> RunRecord:
     """What the finished run was, what it cost and what came of it, from what it wrote."""
     rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     steps = [row for row in rows if "examples_per_second" in row]

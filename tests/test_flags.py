@@ -1,6 +1,7 @@
 """The command line, word for word: a small program of the test's own, in this process and as a real one."""
 
 import dataclasses
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -278,3 +279,12 @@ def test_help_lists_flags_and_every_setting_with_value_help_and_type(program):
 
 def test_help_shows_the_values_of_a_given_file(program):
     assert "--config.train.batch=4 " in run("--help", "--config=config.py").stdout
+
+
+@pytest.mark.slow
+def test_what_tensorflow_says_of_a_bucket_is_one_line(monkeypatch, capsys):
+    tensorflow = pytest.importorskip("tensorflow")
+    monkeypatch.setattr(sys, "argv", ["program", "--workdir=run"])
+    with pytest.raises(SystemExit, match="1"):
+        flags.run_command(lambda _: tensorflow.io.gfile.listdir("ram://absent"), description="")
+    assert re.search(r": Could not find directory ram://absent\n$", capsys.readouterr().err)

@@ -17,7 +17,7 @@ LAYERS = {
     "models": 2,
     **dict.fromkeys(("data", "metrics"), 3),
     **dict.fromkeys(("evals", "training"), 4),
-    **dict.fromkeys(("config", "pretrained", "build"), 5),
+    **dict.fromkeys(("config", "pretrained", "build", "programs", "layouts"), 5),
     **dict.fromkeys(
         ("study", "train", "sample", "evaluate", "encode", "plan", "convert", "report"), 6
     ),
@@ -27,6 +27,8 @@ SIBLINGS = {
     "flags": {"configuration"},
     "pretrained": {"config"},
     "build": {"config", "pretrained"},
+    "programs": {"config", "pretrained", "build"},
+    "layouts": {"config", "programs"},
     "study": {"train", "evaluate", "plan"},
 }
 

@@ -1,12 +1,29 @@
+"""The table of costs; and of a small network the plan, by the TPU's own compiler."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
 from ldm_jax import plan
+from ldm_jax.config import RunConfig
 from ldm_jax.flags import UsageError, parse
 from ldm_jax.models.sizes import SIZES
 
+ROOT = Path(__file__).parent.parent
+SMALL = (
+    "--config=configs/text_to_image.py:pixart-1152-d28",
+    "--config.backbone.pixart.depth=2",
+    "--config.data.text_embeddings=true",
+    "--config.train.batch=32",
+)
+
 
 def run(*words):
-    plan.main(parse(words, add_flags=plan.add_flags, in_workdir=False))
+    plan.main(parse(words, RunConfig, add_flags=plan.add_flags, in_workdir=False))
 
 
 def test_the_table_has_every_backbone_beside_what_is_printed_of_it(capsys):
@@ -17,6 +34,64 @@ def test_the_table_has_every_backbone_beside_what_is_printed_of_it(capsys):
     assert td4_4[-4:] == ["143.0", "GMACs", "143", "-0.0%"]
 
 
-def test_nothing_asked_for_is_said():
-    with pytest.raises(UsageError, match="--table prints the backbones"):
-        run()
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        ((), r"takes --config=FILE and --topology=KIND:AxB; --table prints"),
+        (("--topology=v5e:2x4",), "takes --config=FILE"),
+        ((*SMALL, "--topology=v5e:2x4", "--slices=0"), "--slices is 0"),
+    ],
+)
+def test_what_is_missing_is_said(words, sentence):
+    with pytest.raises(UsageError, match=sentence):
+        run(*words)
+
+
+def planned(*words):
+    """What the command prints; in a process of its own, since the compile cache cannot hold programs for TPUs."""
+    pytest.importorskip("libtpu")
+    command = [sys.executable, "-m", "ldm_jax.plan", *SMALL, *words]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def number(pattern, text):
+    return float(re.search(pattern, text)[1].replace(",", ""))
+
+
+@pytest.mark.slow
+def test_a_plan_adds_up():
+    text = planned(
+        *("--topology=v5p:2x2x1", "--config.mesh.data=1", "--config.mesh.fsdp=4"),
+        *("--program=training", "--price=4", "--profile"),
+    )
+    total = number(r"\n  ([\d.]+) ms: compute", text)
+    parts = [
+        number(pattern, text)
+        for pattern in (r"compute ([\d.]+)", r"kernels ([\d.]+)", r"communication ([\d.]+)")
+    ]
+    assert sum(parts) == pytest.approx(total, abs=0.2)
+    assert number(r"([\d.]+) images/s", text) == pytest.approx(32e3 / total, rel=0.02)
+    chip_hours = 600_000 * 2048 / 32 * total / 1e3 / 3600 * 4
+    assert number(r"([\d,]+) chip-hours", text) == pytest.approx(chip_hours, rel=0.02)
+    assert number(r"([\d,]+) at 4 a chip", text) == pytest.approx(4 * chip_hours, rel=0.02)
+    params, moments = number(r"parameters ([\d.]+)", text), number(r"moments ([\d.]+)", text)
+    assert moments == pytest.approx(2 * params, abs=0.02)
+    # Two blocks' worth of parameters, gathered for each pass, in bfloat16: no more is gathered than that.
+    assert "all-gather among 4" in text
+    assert "reduce-scatter among 4" in text
+
+
+@pytest.mark.slow
+def test_what_does_not_fit_is_an_answer_with_what_would():
+    text = planned(
+        *("--topology=v5e:2x2", "--program=training", "--config.train.batch=4096"),
+        *("--config.backbone.pixart.remat=none", "--config.backbone.pixart.depth=28"),
+    )
+    assert re.search(
+        r"training: does not fit: a program needs [\d.]+ GiB a device, which has 15", text
+    )
+    assert "would fit by arithmetic" in text
+    assert "--config.backbone.pixart.remat=" in text

@@ -8,11 +8,19 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from etils import epath
+
+from ldm_jax.scaling.records import in_bucket
+
 SETTINGS = "settings.json"
 
 
-def write_atomically(path: Path, data: bytes) -> None:
+def write_atomically(path: epath.PathLike, data: bytes) -> None:
     """Writes a file that is either there in full or not at all, whenever the process or the machine dies."""
+    if in_bucket(path):  # where every write is so
+        epath.Path(path).write_bytes(data)
+        return
+    path = Path(path)
     partial = path.with_name(path.name + ".partial")
     partial.write_bytes(data)
     publish(partial, path)
@@ -65,12 +73,15 @@ def _leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
 
 
 @contextlib.contextmanager
-def alone_in(directory: Path) -> Iterator[None]:
-    """Holds a lock on the directory, which the system takes back however the process ends.
+def alone_in(directory: epath.PathLike) -> Iterator[None]:
+    """Holds a lock on the directory, which the system takes back however the process ends; buckets have none.
 
     Raises:
       ValueError: if another process holds it.
     """
+    if in_bucket(directory):
+        yield
+        return
     descriptor = os.open(directory, os.O_RDONLY)
     try:
         with contextlib.suppress(OSError):  # some network file systems have no locks
@@ -80,7 +91,7 @@ def alone_in(directory: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _lock(descriptor: int, directory: Path) -> None:
+def _lock(descriptor: int, directory: epath.PathLike) -> None:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -1,9 +1,10 @@
 """Images side by side, as one picture."""
 
-from pathlib import Path
+import io
 
 import numpy as np
 from einops import rearrange
+from etils import epath
 from jaxtyping import UInt8
 from PIL import Image
 
@@ -24,7 +25,15 @@ def image_grid(images: Images, columns: int, gap: int = 2) -> UInt8[np.ndarray, 
     return np.pad(grid, ((gap, 0), (gap, 0), (0, 0)), constant_values=255)
 
 
-def save_grid(path: Path, images: Images, columns: int = 8) -> None:
+def save_grid(path: epath.PathLike, images: Images, columns: int = 8) -> None:
     """Writes images in [-1, 1] side by side as one PNG."""
+    path = epath.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(image_grid(images, columns)).save(path)
+    save_png(path, image_grid(images, columns))
+
+
+def save_png(path: epath.PathLike, pixels: UInt8[np.ndarray, "height width 3"]) -> None:
+    """Writes one image, into a bucket too."""
+    stream = io.BytesIO()
+    Image.fromarray(pixels).save(stream, format="PNG")
+    epath.Path(path).write_bytes(stream.getvalue())

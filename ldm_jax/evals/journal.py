@@ -8,7 +8,8 @@ samples/*.png         the first images of each, side by side
 
 import json
 from collections.abc import Mapping
-from pathlib import Path
+
+from etils import epath
 
 from ldm_jax.evals.evaluator import Evaluation
 from ldm_jax.evals.image_grids import save_grid
@@ -22,9 +23,9 @@ COLUMNS = 8  # of a picture of samples
 class Journal:
     """The evaluations of one run; `shown` images of each are kept."""
 
-    def __init__(self, directory: Path, shown: int) -> None:
-        self._directory, self._shown = directory, shown
-        (directory / "samples").mkdir(parents=True, exist_ok=True)
+    def __init__(self, directory: epath.PathLike, shown: int) -> None:
+        self._directory, self._shown = epath.Path(directory), shown
+        (self._directory / "samples").mkdir(parents=True, exist_ok=True)
 
     def prompts(self, prompts: Prompts) -> None:
         """Writes down what is evaluated on."""

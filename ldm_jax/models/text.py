@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -15,6 +15,13 @@ from ldm_jax.types import Cond, Params, Tokens
 T5_LENGTH = 120  # tokens of a caption that PixArt was trained with; T5 itself has no limit
 
 
+class Ids(NamedTuple):
+    """What a network has to know of a tokenizer; a plan has no more of it."""
+
+    max_length: int
+    pad_id: int = 0
+
+
 @dataclasses.dataclass(frozen=True)
 class Text:
     """The text encoders of one pipeline, taken as one; the fields have an element each.
@@ -23,7 +30,7 @@ class Text:
     are told that images had it from the start and were not cropped.
     """
 
-    tokenizers: tuple[Tokenizer, ...]
+    tokenizers: tuple[Tokenizer | Ids, ...]
     configs: tuple[CLIPTextConfig | T5Config, ...]
     applies: tuple[Callable[..., Any], ...]
     size: int

@@ -84,10 +84,7 @@ def is_first() -> bool:
 
 
 def _initialize(place: Place | None, flags: argparse.Namespace) -> None:
-    # On CPUs programs that run at the same time would take each other's messages, and a device that waits for another
-    # holds a thread, of which XLA makes as many as there are cores: either way all wait for ever.
-    jax.config.update("jax_cpu_enable_async_dispatch", False)
-    os.environ.setdefault("NPROC", str(THREADS))
+    _prepare_cpus()
     timeouts = {
         "initialization_timeout": flags.arrival_timeout,
         "heartbeat_timeout_seconds": flags.heartbeat_timeout,
@@ -107,6 +104,18 @@ def _initialize(place: Place | None, flags: argparse.Namespace) -> None:
             f"--distributed finds no TPU slice and no job that this process is part of ({error}); give"
             f" {', '.join(_FLAGS)}"
         ) from error
+
+
+def _prepare_cpus() -> None:
+    """Has XLA's CPU backend, which reads this when it starts, send one message after the other.
+
+    Programs that run at the same time, and parts of one that do, would take each other's messages; and a device that
+    waits for another holds a thread, of which there are else as many as cores.
+    """
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
+    os.environ.setdefault("NPROC", str(THREADS))
+    in_order = "--xla_cpu_enable_concurrency_optimized_scheduler=false"
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {in_order}".strip()
 
 
 def _place(flags: argparse.Namespace, environment: Mapping[str, str]) -> Place | None:

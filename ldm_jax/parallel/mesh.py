@@ -94,23 +94,29 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def batch_share(mesh: Mesh) -> tuple[int, int]:
     """Which part of each batch this process puts on its devices, and how many parts there are.
 
+    Raises:
+      ValueError: as `share_of`.
+    """
+    owners = np.vectorize(lambda device: device.process_index)(mesh.devices)
+    return share_of(jax.process_index(), owners.reshape(_ways(mesh), -1))
+
+
+def share_of(process: int, owners: np.ndarray) -> tuple[int, int]:
+    """Which part of a batch is a process's, and how many parts there are: `owners[i]` are the processes with row i.
+
     Processes whose devices hold the same rows, as where `tensor` goes over several of them, have the same part.
 
     Raises:
       ValueError: the rows of two processes overlap without being the same, or are not as many.
     """
-    by_row = mesh.devices.reshape(_ways(mesh), -1)
-    owners: dict[int, set[int]] = {}
-    for row, devices in enumerate(by_row):
-        for device in devices:
-            owners.setdefault(device.process_index, set()).add(row)
-    parts = sorted({tuple(sorted(rows)) for rows in owners.values()})
-    if sum(map(len, parts)) != len(by_row) or len(set(map(len, parts))) > 1:
+    rows = {number: tuple(np.flatnonzero((owners == number).any(1))) for number in set(owners.flat)}
+    parts = sorted(set(rows.values()))
+    if sum(map(len, parts)) != len(owners) or len(set(map(len, parts))) > 1:
         raise ValueError(
-            f"the mesh {dict(mesh.shape)} divides a batch in parts that processes share unequally: {parts}; make"
-            " tensor a divisor or a multiple of the devices of a process"
+            f"the mesh divides a batch among the processes {owners.tolist()} unequally; make tensor a divisor or a"
+            " multiple of the devices of a process"
         )
-    return parts.index(tuple(sorted(owners[jax.process_index()]))), len(parts)
+    return parts.index(rows[process]), len(parts)
 
 
 def put_batch(batch: Any, mesh: Mesh) -> Any:

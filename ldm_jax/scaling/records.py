@@ -10,8 +10,9 @@ import json
 import os
 import warnings
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
+
+from etils import epath
 
 from ldm_jax.types import Estimate
 
@@ -38,18 +39,40 @@ class RunRecord:
         return self.study, json.dumps(self.config, sort_keys=True), self.seed, self.examples
 
 
-def append_record(path: str | Path, record: RunRecord) -> None:
+def append_record(path: epath.PathLike, record: RunRecord) -> None:
     """Adds a record to a ledger as one line, as `append_line` does."""
     append_line(path, dataclasses.asdict(record))
 
 
-def append_line(path: str | Path, entry: Any) -> None:
+def append_line(path: epath.PathLike, entry: Any) -> None:
     """Adds an object to a file as one line of JSON, which is on disk when this returns.
 
     Lines of several processes do not mix: the file is locked for the write. What a killed writer
-    left unfinished at the end is closed by a line break, so that it spoils no other line.
+    left unfinished at the end is closed by a line break, so that it spoils no other line. A bucket
+    has no locks, and no file in it grows: there the file is written anew, by one process only.
     """
     line = json.dumps(entry).encode() + b"\n"
+    if in_bucket(path):
+        _append_anew(epath.Path(path), line)
+    else:
+        _append_locked(path, line)
+
+
+def in_bucket(path: epath.PathLike) -> bool:
+    """Whether a path is of an object store, as gs://BUCKET/RUN is, where each file is written at once or not at all."""
+    return "://" in os.fspath(path)
+
+
+def _append_anew(path: epath.Path, line: bytes) -> None:
+    try:  # not `exists`, which takes a bucket that does not answer for an absent file
+        before = path.read_bytes()
+    except FileNotFoundError:
+        before = b""
+    torn = before and not before.endswith(b"\n")
+    path.write_bytes(before + (b"\n" if torn else b"") + line)
+
+
+def _append_locked(path: epath.PathLike, line: bytes) -> None:
     file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
     try:
         fcntl.flock(file, fcntl.LOCK_EX)
@@ -61,7 +84,7 @@ def append_line(path: str | Path, entry: Any) -> None:
         os.close(file)
 
 
-def read_records(*paths: str | Path) -> list[RunRecord]:
+def read_records(*paths: epath.PathLike) -> list[RunRecord]:
     """The records of one ledger or of several, each run once, in the order of first appearance.
 
     A line that was left unfinished is left out with a warning.
@@ -69,11 +92,11 @@ def read_records(*paths: str | Path) -> list[RunRecord]:
     Raises:
       ValueError: a line that is JSON but no record, with its file and number.
     """
-    records = (record for path in paths for record in _read(Path(path)))
+    records = (record for path in paths for record in _read(epath.Path(path)))
     return list({record.key: record for record in records}.values())
 
 
-def _read(path: Path) -> Iterator[RunRecord]:
+def _read(path: epath.Path) -> Iterator[RunRecord]:
     for number, line in enumerate(path.read_text().splitlines(), 1):
         try:
             entry = json.loads(line)

@@ -165,9 +165,10 @@ class Checkpoints:
         return max(self._usable(), default=None)
 
     def _usable(self) -> list[int]:
-        if not self.directory.is_dir():
+        try:  # to ask `is_dir` first would take a bucket that does not answer for an empty one
+            there = [path for path in self.directory.iterdir() if path.name.isdigit()]
+        except FileNotFoundError:
             return []
-        there = [path for path in self.directory.iterdir() if path.name.isdigit()]
         whole = {int(path.name) for path in there if (path / _COMMITTED).exists()}
         return sorted(whole - self._damaged)
 
@@ -224,8 +225,14 @@ def _filled(abstract: State, leaves: dict[str, Any]) -> State:
 
 def _describe(leaves: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """What the manifest says of each leaf, and the names of those that are not finite."""
-    # Leaf by leaf, since leaves of one shape, as most are, share one small compiled program.
-    prints = jax.device_get({name: _fingerprint(leaf) for name, leaf in leaves.items()})
+    # Leaf by leaf, since leaves of one shape, as most are, share one small compiled program. Of those that sum over
+    # devices XLA runs only one at a time on CPUs without the danger that they wait for each other for ever.
+    one_by_one = jax.default_backend() == "cpu"
+    prints = {}
+    for name, leaf in leaves.items():
+        found = _fingerprint(leaf)
+        prints[name] = jax.block_until_ready(found) if one_by_one else found
+    prints = jax.device_get(prints)
     manifest = {
         name: [list(leaf.shape), str(leaf.dtype), int(prints[name][0])]
         for name, leaf in leaves.items()

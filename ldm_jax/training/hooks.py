@@ -26,6 +26,7 @@ from jax.experimental import multihost_utils
 
 from ldm_jax.parallel.chips import peak_flops
 from ldm_jax.parallel.rules import leaf_name
+from ldm_jax.scaling.records import append_line
 from ldm_jax.training.checkpoints import Checkpoints
 from ldm_jax.training.loop import AHEAD, Hook, Preempted, Tick, TrainingError
 from ldm_jax.types import Batch, Images
@@ -162,8 +163,7 @@ class Metrics(Hook):
 
     def write(self, examples: int, scalars: dict[str, float | int]) -> None:
         """Writes scalars of any other origin, such as scores."""
-        with self._path.open("a") as file:
-            file.write(json.dumps({"examples": examples, **scalars}) + "\n")
+        append_line(self._path, {"examples": examples, **scalars})
         self._board.write_scalars(examples, scalars)
 
     def write_images(self, examples: int, images: dict[str, Images]) -> None:
@@ -390,13 +390,18 @@ def _save_batch(path: epath.Path, batch: Batch) -> None:
     }
     if jax.process_index() == 0:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("wb") as file:
-            np.savez(file, **arrays)
+        archive = io.BytesIO()  # as files in buckets cannot seek
+        np.savez(archive, **arrays)
+        path.write_bytes(archive.getvalue())
 
 
 def _lines_until(path: epath.Path, examples: int) -> Iterator[str]:
     """The lines of at most so many examples; a killed run may have left half a line at the end."""
-    for line in path.read_text().splitlines(keepends=True) if path.exists() else ():
+    try:  # not `exists`, which takes a bucket that does not answer for an absent file
+        lines = path.read_text().splitlines(keepends=True)
+    except FileNotFoundError:
+        lines = []
+    for line in lines:
         with contextlib.suppress(ValueError):
             if json.loads(line)["examples"] <= examples and line.endswith("\n"):
                 yield line

@@ -3,7 +3,15 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType
 
-from ldm_jax.parallel import MeshConfig, batch_sharding, make_mesh, peak_flops, put_batch
+from ldm_jax.parallel import (
+    MeshConfig,
+    batch_sharding,
+    make_mesh,
+    peak_flops,
+    put_batch,
+    put_same,
+)
+from ldm_jax.parallel.mesh import share_of
 
 
 @pytest.mark.parametrize(
@@ -72,3 +80,42 @@ def test_batch_that_does_not_divide_is_refused_with_the_number_it_must_divide_by
 )
 def test_peak_is_the_vendors_where_it_is_known(kind, peak):
     assert peak_flops(kind) == peak
+
+
+@pytest.mark.parametrize(
+    ("owners", "shares"),
+    [
+        ([[0], [0], [1], [1]], {0: (0, 2), 1: (1, 2)}),
+        ([[0, 0], [1, 1]], {0: (0, 2), 1: (1, 2)}),
+        ([[0, 0, 1, 1]], {0: (0, 1), 1: (0, 1)}),  # tensor goes over both: each has all rows
+        ([[0, 1], [0, 1], [2, 3], [2, 3]], {0: (0, 2), 1: (0, 2), 3: (1, 2)}),
+        ([[1], [0]], {0: (1, 2), 1: (0, 2)}),  # parts follow the rows
+    ],
+)
+def test_processes_give_the_rows_that_their_devices_hold(owners, shares):
+    assert {process: share_of(process, np.array(owners)) for process in shares} == shares
+
+
+@pytest.mark.parametrize("owners", [[[0, 0, 0], [0, 1, 1]], [[0], [0], [1]]])
+def test_rows_that_processes_share_unequally_are_refused(owners):
+    with pytest.raises(ValueError, match="make tensor a divisor or a"):
+        share_of(0, np.array(owners))
+
+
+def test_arrays_that_all_processes_have_are_divided_like_a_batch():
+    mesh, rows = make_mesh(MeshConfig(data=2, fsdp=4)), np.arange(16.0).reshape(8, 2)
+    placed = put_same(rows, mesh)
+    assert placed.sharding.is_equivalent_to(batch_sharding(mesh), 2)
+    np.testing.assert_array_equal(placed, rows)
+    with pytest.raises(ValueError, match=r"batch of 6 .* multiple of 8"):
+        put_same(rows[:6], mesh)
+
+
+def test_slices_are_laid_along_data():
+    topologies = pytest.importorskip("jax.experimental.topologies")
+    pytest.importorskip("libtpu")
+    devices = topologies.get_topology_desc("v5e:2x2", platform="tpu", num_slices=2).devices
+    mesh = make_mesh(MeshConfig(data=-1, fsdp=4), devices)
+    assert [{device.slice_index for device in row.flat} for row in mesh.devices] == [{0}, {1}]
+    with pytest.raises(ValueError, match=r"mesh.data is 1 on 2 slices"):
+        make_mesh(MeshConfig(data=1, fsdp=-1), devices)

@@ -1,6 +1,8 @@
 import io
 import json
+import os
 import re
+import signal
 import time
 from collections import Counter
 
@@ -10,9 +12,18 @@ import numpy as np
 import pytest
 import toy
 
-from ldm_jax.training import State, Tick, TrainingError, fit
+from ldm_jax.training import Hook, Preempted, State, Tick, TrainingError, fit
 from ldm_jax.training.checkpoints import Checkpoints
-from ldm_jax.training.hooks import Guard, Late, Metrics, Profiler, Progress, Save, duration
+from ldm_jax.training.hooks import (
+    Guard,
+    Late,
+    Metrics,
+    Preemption,
+    Profiler,
+    Progress,
+    Save,
+    duration,
+)
 from ldm_jax.training.loop import AHEAD
 
 
@@ -328,3 +339,34 @@ def test_the_last_save_is_waited_for():
     for tick in ticks([1.0] * 3):
         Save(checkpoints, 10**6)(tick)
     assert (len(checkpoints.asked), checkpoints.waited) == (1, 2)
+
+
+def test_told_to_stop_a_run_saves_and_says_with_which_status(tmp_path):
+    run = toy.Run(tmp_path)
+    settled = []
+
+    class Told(Hook):
+        """Another process sends SIGTERM in the fifth step."""
+
+        def __call__(self, tick):
+            if tick.step == 5:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        def close(self):
+            pass
+
+    before = signal.getsignal(signal.SIGTERM)
+    preemption = Preemption(run.checkpoints, 75, settle=[lambda: settled.append(True)])
+    with pytest.raises(Preempted) as stopped:
+        fit(run.step, run.state(), toy.batches(0), until=400, hooks=[Told(), preemption])
+    assert stopped.value.code == 75
+    assert run.checkpoints.latest() == 5 * 8
+    assert settled == [True]
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_told_to_stop_after_the_last_step_a_run_ends_as_it_would(tmp_path):
+    run = toy.Run(tmp_path)
+    preemption = Preemption(run.checkpoints, 75)
+    os.kill(os.getpid(), signal.SIGTERM)
+    fit(run.step, run.state(), toy.batches(0), until=8, hooks=[preemption])

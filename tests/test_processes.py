@@ -1,0 +1,262 @@
+"""Real processes on this machine, as hosts of a slice: they train alike, and what befalls one of them is survived."""
+
+import contextlib
+import dataclasses
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import runs
+from orbax.checkpoint import v1 as ocp
+
+from ldm_jax import encode
+from ldm_jax.parallel.distributed import ABORTED, PREEMPTED
+from ldm_jax.training.checkpoints import Checkpoints
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore:Sharding info not provided"),
+]
+ROOT = Path(__file__).parent.parent
+EXAMPLES, BATCH = 80, 8  # over two epochs of 32 records
+HEARTBEAT = 10  # seconds
+CONFIG = dataclasses.replace(
+    runs.TINY,
+    data=dataclasses.replace(runs.TINY.data, source="scenes:simple?count=32"),
+    optimizer=dataclasses.replace(runs.TINY.optimizer, eps=1e-3),  # or it amplifies rounding
+    train=dataclasses.replace(
+        runs.TINY.train, examples=EXAMPLES, batch=BATCH, log_every=BATCH, save_every=2 * BATCH
+    ),
+    eval=dataclasses.replace(runs.TINY.eval, every=EXAMPLES),
+)
+
+
+class Job:
+    """`python -m ldm_jax.train` as so many processes, each with so many CPU devices."""
+
+    def __init__(self, workdir, processes, devices, *words, missing=0):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            address = f"127.0.0.1:{free.getsockname()[1]}"
+        flags = f"--xla_force_host_platform_device_count={devices}"
+        environment = {
+            **os.environ,
+            "PYTHONPATH": str(ROOT),
+            "XLA_FLAGS": f"{flags} --xla_backend_optimization_level=0",
+        }
+        self.logs = [workdir / f"log{i}" for i in range(processes)]
+        self.processes = []
+        for i in range(processes - missing):
+            command = [sys.executable, "-m", "ldm_jax.train", f"--workdir={workdir}", *words]
+            if processes > 1:
+                command += [f"--coordinator={address}", f"--num-processes={processes}"]
+                command += [f"--process-id={i}", f"--heartbeat-timeout={HEARTBEAT}"]
+            with self.logs[i].open("a") as log:
+                self.processes.append(
+                    subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+                )
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        for process in self.processes:
+            process.kill()
+            process.wait()
+
+    def wait(self, seconds=240):
+        """The exit statuses; none may take longer than so many seconds."""
+        end = time.monotonic() + seconds
+        try:
+            return [process.wait(end - time.monotonic()) for process in self.processes]
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"it hangs:\n{self.said()}") from None
+
+    def until(self, condition, seconds=240):
+        """Waits for the condition while all processes run."""
+        end = time.monotonic() + seconds
+        while not condition():
+            assert time.monotonic() < end, self.said()
+            assert all(process.poll() is None for process in self.processes), self.said()
+            time.sleep(0.005)
+
+    def said(self):
+        return "\n".join(log.read_text()[-3000:] for log in self.logs if log.exists())
+
+
+def finished(workdir, processes=1, devices=4, *words):
+    with Job(workdir, processes, devices, *words) as job:
+        assert job.wait() == [0] * processes, job.said()
+    return workdir
+
+
+def mesh(data, fsdp=1, tensor=1):
+    sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
+    return [f"--config.mesh.{axis}={size}" for axis, size in sizes.items()]
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def losses(workdir):
+    """Of every step; the examples that it ends at are part of it."""
+    return {
+        row["examples"]: row["loss"] for row in lines(workdir / "metrics.jsonl") if "loss" in row
+    }
+
+
+def seen(workdir):
+    """Examples of the last step that is surely over."""
+    with contextlib.suppress(ValueError):  # a line that is being written
+        return max(losses(workdir), default=0)
+    return 0
+
+
+def params(workdir):
+    path, here = workdir / "checkpoints" / f"{EXAMPLES:012d}", jax.devices()[0]
+    on_one = jax.sharding.SingleDeviceSharding(here)
+    abstract = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=on_one),
+        ocp.metadata(path).metadata,
+    )
+    tree = ocp.load(path, abstract)
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
+
+
+def saving(workdir):
+    return any("orbax-checkpoint-tmp" in path.name for path in (workdir / "checkpoints").glob("*"))
+
+
+@pytest.fixture(scope="module")
+def encoded(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("encoded")
+    runs.run(encode, directory, runs.given(directory, CONFIG))
+    return directory
+
+
+@pytest.fixture
+def fresh(encoded, tmp_path):
+    """A directory with latents, and nothing trained."""
+    (tmp_path / "latents").symlink_to(encoded / "latents")
+    (tmp_path / "config.json").write_text((encoded / "config.json").read_text())
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def calm(encoded, tmp_path_factory):
+    """One process with one device, undisturbed."""
+    directory = tmp_path_factory.mktemp("calm")
+    (directory / "latents").symlink_to(encoded / "latents")
+    (directory / "config.json").write_text((encoded / "config.json").read_text())
+    return finished(directory, 1, 1)
+
+
+def assert_alike(workdir, calm):
+    """The same losses at the same examples, the same end; but for rounding, as sums differ in their order."""
+    found, expected = losses(workdir), losses(calm)
+    assert list(found) == list(range(BATCH, EXAMPLES + 1, BATCH)) == list(expected)
+    np.testing.assert_allclose(list(found.values()), list(expected.values()), rtol=2e-4)
+    ours, theirs = params(workdir), params(calm)
+    assert ours.keys() == theirs.keys()
+    for name, array in theirs.items():
+        np.testing.assert_allclose(ours[name], array, rtol=1e-3, atol=1e-4, err_msg=name)
+    scores, others = (lines(path / "evaluations.jsonl")[-1]["scores"] for path in (workdir, calm))
+    for name, score in others.items():
+        np.testing.assert_allclose(scores[name][0], score[0], atol=0.02, err_msg=name)
+
+
+@pytest.mark.parametrize(
+    ("processes", "devices", "sizes"), [(2, 2, (2, 2)), (4, 1, (1, 4)), (2, 2, (1, 2, 2))]
+)
+def test_processes_train_as_one_does(fresh, calm, processes, devices, sizes):
+    finished(fresh, processes, devices, *mesh(*sizes))
+    assert_alike(fresh, calm)
+    assert [row["recompiled"] for row in lines(fresh / "goodput.jsonl")] == [0]
+
+
+def test_a_run_goes_on_with_other_processes_on_another_mesh(fresh, calm):
+    """Killed at a random step on two, again on four, then ended on one: as if nothing had happened."""
+    rng = random.Random(0)
+    for processes, devices, sizes in [(2, 2, (2, 2)), (4, 1, (1, 4))]:
+        stop = seen(fresh) + rng.randrange(2, 5) * BATCH
+        with Job(fresh, processes, devices, *mesh(*sizes)) as job:
+            job.until(lambda: seen(fresh) >= stop)  # noqa: B023
+            job.processes[-1].kill()
+            assert all(job.wait(6 * HEARTBEAT)), job.said()
+    assert Checkpoints(fresh / "checkpoints").latest() >= 2 * BATCH
+    finished(fresh, 1, 2, *mesh(1, 2))
+    assert_alike(fresh, calm)
+
+
+@pytest.mark.parametrize("moment", ["in a step", "while it saves"])
+@pytest.mark.parametrize("processes", [1, 2])
+def test_sigterm_leaves_a_checkpoint_and_the_run_goes_on(fresh, calm, processes, moment):
+    with Job(fresh, processes, 2, *mesh(-1, 2)) as job:
+        job.until(lambda: seen(fresh) >= 3 * BATCH)
+        if moment == "while it saves":
+            job.until(lambda: saving(fresh))
+        job.processes[-1].send_signal(signal.SIGTERM)  # one is told, and all stop
+        assert job.wait(60) == [PREEMPTED] * processes, job.said()
+    examples = Checkpoints(fresh / "checkpoints").latest()
+    assert f"Saved after {examples} examples; the same command continues" in job.said()
+    assert max(losses(fresh)) == examples
+    finished(fresh, 1, 2, *mesh(-1, 2))
+    assert_alike(fresh, calm)
+
+
+@pytest.mark.parametrize("killed", [0, 1])
+def test_a_process_that_is_killed_takes_the_others_with_it(fresh, killed):
+    with Job(fresh, 2, 2, *mesh(2, 2)) as job:
+        job.until(lambda: seen(fresh) >= 2 * BATCH)
+        job.processes[killed].kill()
+        statuses = job.wait(6 * HEARTBEAT)
+    assert statuses[killed] == -signal.SIGKILL
+    assert statuses[1 - killed] in (ABORTED - 128 - 12, -signal.SIGABRT, 1), job.said()
+    assert "another task died" in job.logs[1 - killed].read_text()
+
+
+def test_a_worker_that_never_arrives_is_waited_for_in_vain_for_so_long(fresh):
+    with Job(fresh, 2, 2, *mesh(2, 2), "--arrival-timeout=10", missing=1) as job:
+        assert job.wait(90) == [-signal.SIGABRT]
+    assert "waits at 127.0.0.1" in job.said()
+    assert "until all 2 are there, 10 s at most" in job.said()
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped"])
+def test_damage_to_the_newest_checkpoint_is_met_by_all_processes_alike(fresh, calm, damage):
+    """Though only one of them reads the file: all take the checkpoint before, and say so."""
+    with Job(fresh, 2, 2, *mesh(1, 4)) as job:
+        job.until(lambda: (Checkpoints(fresh / "checkpoints").latest() or 0) >= 4 * BATCH)
+        for process in job.processes:
+            process.kill()
+    newest = Checkpoints(fresh / "checkpoints").latest()
+    path = max((fresh / "checkpoints" / f"{newest:012d}").rglob("d/*"), key=os.path.getsize)
+    data = bytearray(path.read_bytes())
+    middle = len(data) // 2
+    if damage == "truncated":
+        del data[middle:]
+    else:
+        data[middle] ^= 1
+    path.write_bytes(data)
+    finished(fresh, 2, 2, *mesh(2, 2))
+    log = (fresh / "log0").read_text()
+    assert f"{newest:012d} is damaged and not used" in log
+    assert_alike(fresh, calm)
+
+
+def test_another_config_is_refused_by_all_processes(fresh, calm):
+    (fresh / "checkpoints").symlink_to(calm / "checkpoints")
+    with Job(fresh, 2, 2, *mesh(2, 2), "--config.train.batch=16") as job:
+        assert job.wait(120) == [1, 1], job.said()
+    assert "holds another run: train.batch" in job.said()
