@@ -1,5 +1,6 @@
 """The table of costs; and of a small network the plan, by the TPU's own compiler."""
 
+import json
 import os
 import re
 import subprocess
@@ -82,6 +83,76 @@ def test_a_plan_adds_up():
     # Two blocks' worth of parameters, gathered for each pass, in bfloat16: no more is gathered than that.
     assert "all-gather among 4" in text
     assert "reduce-scatter among 4" in text
+
+
+COLLECTIVES = """
+import json, sys
+import jax
+from ldm_jax import programs
+from ldm_jax.config import RunConfig
+from ldm_jax.flags import parse
+from ldm_jax.parallel import make_mesh
+from ldm_jax.parallel.aot import topology
+
+config = parse(sys.argv[1:], RunConfig, in_workdir=False).config
+found = programs.compiled(programs.training(config, make_mesh(config.mesh, topology("v5e:2x4"))))
+params = jax.tree.leaves(found.program.arguments["state"].params)
+rows = [[c.kind, c.group, c.times, c.ici_bytes, c.bytes] for c in found.cost.collectives]
+divided = [leaf for leaf in params if leaf.sharding.shard_shape(leaf.shape) != leaf.shape]
+print(json.dumps([rows, *(sum(leaf.size for leaf in leaves) for leaves in (params, divided))]))
+"""
+
+
+def step_collectives(data, fsdp, tensor):
+    """[kind, group, times, bytes sent, bytes], parameters, and how many of these are divided."""
+    pytest.importorskip("libtpu")
+    sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
+    words = [*SMALL, *(f"--config.mesh.{axis}={size}" for axis, size in sizes.items())]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_ENABLE_COMPILATION_CACHE": "false"}
+    command = [sys.executable, "-c", COLLECTIVES, *words]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows, params, divided = json.loads(done.stdout)
+    return rows, params, divided
+
+
+def sent(rows, *kinds):
+    return sum(times * sent for kind, _, times, sent, _ in rows if kind in kinds)
+
+
+@pytest.mark.slow
+def test_with_parameters_repeated_a_step_sums_gradients_and_does_nothing_else():
+    rows, params, divided = step_collectives(8, 1, 1)
+    assert divided == 0
+    assert {kind for kind, *_ in rows} == {"all-reduce"}
+    in_bfloat16, in_float32 = (2 * 7 / 8 * size * params for size in (2, 4))
+    assert in_bfloat16 < sent(rows, "all-reduce") < 1.05 * in_float32
+
+
+@pytest.mark.slow
+def test_with_parameters_in_parts_a_step_gathers_them_twice_or_thrice_and_scatters_gradients():
+    """Twice in bfloat16, forward and backward, and once more where a block is recomputed."""
+    rows, params, divided = step_collectives(1, 8, 1)
+    assert divided > 0.95 * params
+    gathered = sent(rows, "all-gather") / (7 / 8 * 2 * divided)
+    assert 1.9 < gathered < 3.2
+    scattered = sent(rows, "reduce-scatter") / (7 / 8 * 2 * divided)
+    assert 0.8 < scattered < 1.6  # what is computed in float32 has gradients of 4 bytes
+    assert sent(rows, "all-reduce") < 0.15 * sent(rows, "all-gather")  # vectors, and norms
+    assert {kind for kind, *_ in rows} <= {"all-gather", "reduce-scatter", "all-reduce"}
+
+
+@pytest.mark.slow
+def test_heads_and_feed_forward_layers_in_parts_sum_activations_only():
+    """Twice a block in the forward pass, and for its recomputation and the backward pass."""
+    rows, *_ = step_collectives(2, 1, 4)
+    among_tensor = [row for row in rows if row[1] == 4]
+    assert {kind for kind, *_ in among_tensor} <= {"all-reduce", "all-gather"}
+    activation = 32 // 2 * 256 * 1152 * 2  # bytes of a block's output on a device
+    summed = [row for row in among_tensor if row[0] == "all-reduce" and row[4] >= activation]
+    assert summed
+    gathered = sent(among_tensor, "all-gather")
+    assert gathered < 0.2 * sent(among_tensor, "all-reduce")
 
 
 @pytest.mark.slow

@@ -254,7 +254,7 @@ def _counter(
     counter, bound = (_named(condition, operand) for operand in test.operands)
     index = int(re.findall(r"\bindex=(\d+)", counter.text)[0])
     start = _element(computations[name], loop.operands[0], index)
-    step = _element(body, _root(body).name, index)
+    step = _copied(body, _element(body, _root(body).name, index))
     steps = [_integer(body, operand) for operand in step.operands]
     upwards = "direction=LT" in test.text and step.operation == "add"
     return (
@@ -277,10 +277,14 @@ def _element(lines: Sequence[Line], name: str, index: int) -> Line:
     return _named(lines, _named(lines, name).operands[index])
 
 
+def _copied(lines: Sequence[Line], line: Line) -> Line:
+    """What a line is a copy of; itself if it is none."""
+    while line.operation in ("copy", "bitcast", "copy-start", "copy-done"):
+        line = _named(lines, line.operands[0])
+    return line
+
+
 def _integer(lines: Sequence[Line], name: str) -> int | None:
     """The constant that a line is, or is a copy of."""
-    line = _named(lines, name)
-    if found := re.search(r" constant\((-?\d+)\)", line.text):
-        return int(found[1])
-    copies = line.operation in ("copy", "bitcast", "copy-start", "copy-done")
-    return _integer(lines, line.operands[0]) if copies else None
+    found = re.search(r" constant\((-?\d+)\)", _copied(lines, _named(lines, name)).text)
+    return int(found[1]) if found else None

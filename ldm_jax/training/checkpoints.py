@@ -167,7 +167,7 @@ class Checkpoints:
     def _usable(self) -> list[int]:
         try:  # to ask `is_dir` first would take a bucket that does not answer for an empty one
             there = [path for path in self.directory.iterdir() if path.name.isdigit()]
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return []
         whole = {int(path.name) for path in there if (path / _COMMITTED).exists()}
         return sorted(whole - self._damaged)
