@@ -95,7 +95,7 @@ from ldm_jax.parallel import make_mesh
 from ldm_jax.parallel.aot import topology
 
 config = parse(sys.argv[1:], RunConfig, in_workdir=False).config
-found = programs.compiled(programs.training(config, make_mesh(config.mesh, topology("v5e:2x4"))))
+found = programs.compiled(programs.training(config, make_mesh(config.mesh, topology("v5p:2x2x2"))))
 params = jax.tree.leaves(found.program.arguments["state"].params)
 rows = [[c.kind, c.group, c.times, c.ici_bytes, c.bytes] for c in found.cost.collectives]
 divided = [leaf for leaf in params if leaf.sharding.shard_shape(leaf.shape) != leaf.shape]
@@ -116,6 +116,9 @@ def step_collectives(data, fsdp, tensor):
     return rows, params, divided
 
 
+RINGS = ("all-gather", "reduce-scatter", "collective-permute")
+
+
 def sent(rows, *kinds):
     return sum(times * sent for kind, _, times, sent, _ in rows if kind in kinds)
 
@@ -130,16 +133,14 @@ def test_with_parameters_repeated_a_step_sums_gradients_and_does_nothing_else():
 
 
 @pytest.mark.slow
-def test_with_parameters_in_parts_a_step_gathers_them_twice_or_thrice_and_scatters_gradients():
-    """Twice in bfloat16, forward and backward, and once more where a block is recomputed."""
+def test_with_parameters_in_parts_a_step_gathers_them_twice_and_scatters_gradients_once():
+    """In bfloat16; a block that is recomputed gathers a third time. The compiler may do either in rings of neighbours."""
     rows, params, divided = step_collectives(1, 8, 1)
-    assert divided > 0.95 * params
-    gathered = sent(rows, "all-gather") / (7 / 8 * 2 * divided)
-    assert 1.9 < gathered < 3.2
-    scattered = sent(rows, "reduce-scatter") / (7 / 8 * 2 * divided)
-    assert 0.8 < scattered < 1.6  # what is computed in float32 has gradients of 4 bytes
-    assert sent(rows, "all-reduce") < 0.15 * sent(rows, "all-gather")  # vectors, and norms
-    assert {kind for kind, *_ in rows} <= {"all-gather", "reduce-scatter", "all-reduce"}
+    assert divided > 0.99 * params
+    once = 7 / 8 * 2 * divided
+    assert {kind for kind, *_ in rows} <= {*RINGS, "all-reduce"}
+    assert 3 * once < sent(rows, *RINGS, "all-reduce") < 4.2 * once
+    assert sent(rows, *RINGS) > 2 * once
 
 
 @pytest.mark.slow
