@@ -134,7 +134,7 @@ def test_with_parameters_repeated_a_step_sums_gradients_and_does_nothing_else():
 
 @pytest.mark.slow
 def test_with_parameters_in_parts_a_step_gathers_them_twice_and_scatters_gradients_once():
-    """In bfloat16; a block that is recomputed gathers a third time. The compiler may do either in rings of neighbours."""
+    """In bfloat16; a block that is recomputed gathers a third time. The compiler may send in rings of neighbours."""
     rows, params, divided = step_collectives(1, 8, 1)
     assert divided > 0.99 * params
     once = 7 / 8 * 2 * divided
