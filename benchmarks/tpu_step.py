@@ -4,17 +4,15 @@
 
 Compiles the step (bfloat16, AdamW, no average, text embeddings given) for one chip, and prints the memory that it needs
 and the time that the compiler expects: its `optimal_seconds`, in which the body of a loop counts once, and the cycles
-that it writes beside every instruction, loops by their trips. Of the attention kernels it knows nothing: their
-products, with what they compute again, are taken to run at 40% of the chip's peak. `--show` lists what costs most.
-Needs jax[tpu]; a step of 866 M parameters takes minutes to compile.
+that it writes beside every instruction, loops by their trips; attention kernels apart. `--show` lists the modules that
+cost most. `python -m ldm_jax.plan` does the same for a whole run on a whole slice. Needs jax[tpu]; a step of 866 M
+parameters takes minutes to compile.
 """
 
 import argparse
-import collections
 import dataclasses
-import math
+import itertools
 import os
-import re
 import time
 
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -25,15 +23,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from ldm_jax.models.sizes import backbone
 from ldm_jax.parallel import MeshConfig, compiler_options, make_mesh
-from ldm_jax.parallel.aot import instructions, topology
-from ldm_jax.parallel.mesh import peak_flops
-
-CLOCK = 1.75e9  # cycles a second of a v5p
-REACHED = 0.4  # of the peak, by the kernels
-PRODUCTS = {
-    "fwd": 2,
-    "dkv": 5,
-}  # of matrices in a kernel; its backward pass repeats one of the forward pass
+from ldm_jax.parallel.aot import topology
+from ldm_jax.parallel.cost import cost, profile
 
 
 def compiled_step(arguments):
@@ -49,16 +40,6 @@ def compiled_step(arguments):
         return jax.jit(step, donate_argnums=0).lower(*given).compile(options), device
 
 
-def kernel_flops(instruction):
-    """Floating-point operations of one run of an attention kernel."""
-    operands = instruction.text.partition("operand_layout_constraints=")[2]
-    shapes = [dims.split(",") for dims in re.findall(r"bf16\[([\d,]+)\]", operands)]
-    (batch, heads, *q), (*_, rows, columns) = (map(int, shape) for shape in shapes[:2])
-    width, queries = sorted(q)  # either may lie innermost, and there are more tokens than channels
-    (products,) = (n for name, n in PRODUCTS.items() if f"splash_mha_{name}" in instruction.text)
-    return products * 2 * batch * heads * queries * max(rows, columns) * width
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--topology", default="v5p:2x2x1")
@@ -68,31 +49,24 @@ def main():
     parser.add_argument("--remat", default="none")
     text = "the compiler's own options, not `parallel.compiler_options`"
     parser.add_argument("--defaults", action="store_true", help=text)
-    parser.add_argument("--show", type=int, default=0, help="lines of what costs most")
+    parser.add_argument("--show", type=int, default=0, help="modules that cost most")
     arguments = parser.parse_args()
     start = time.perf_counter()
     compiled, device = compiled_step(arguments)
     print(f"compiled for {device.device_kind} in {time.perf_counter() - start:.0f} s")
-    memory = compiled.memory_analysis()
-    state, work = memory.argument_size_in_bytes / 1e9, memory.temp_size_in_bytes / 1e9
+    text = compiled.as_text()
+    found = cost(text, compiled.memory_analysis(), [device])
+    state, work = found.memory.arguments / 1e9, found.memory.temporaries / 1e9
     print(f"{state:.1f} GB of state and batch, {work:.1f} GB of temporaries")
-    lines = list(instructions(compiled.as_text()))
-    kernels = [line for line in lines if "tpu_custom_call" in line.text]
-    seconds = sum(line.cycles * line.times for line in lines) / CLOCK
+    print(f"{found.kernel_flops / 1e12:.2f} TFLOP of kernels: {found.kernels * 1e3:.1f} ms")
     optimal = compiled.cost_analysis()["optimal_seconds"]
-    flops = math.fsum(line.times * kernel_flops(line) for line in kernels)
-    attention = flops / (REACHED * peak_flops(device.device_kind))
-    print(f"{flops / 1e12:.2f} TFLOP of kernels: {attention * 1e3:.1f} ms")
-    for name, rest in (("optimal_seconds", optimal), ("estimated cycles", seconds)):
-        together = (rest + attention) * 1e3
+    for name, rest in (("optimal_seconds", optimal), ("estimated cycles", found.compute)):
+        together = (rest + found.kernels) * 1e3
         print(f"{rest * 1e3:.1f} ms of all else by {name}: {together:.1f} ms together")
-    shares = collections.Counter()
-    for line in lines:
-        shares[line.operation] += line.cycles * line.times / CLOCK
-    print(", ".join(f"{name} {share * 1e3:.1f} ms" for name, share in shares.most_common(6)))
-    for line in sorted(lines, key=lambda line: -line.cycles * line.times)[: arguments.show]:
-        cost = line.cycles * line.times / CLOCK * 1e3
-        print(f"{cost:8.2f} ms {line.times:4d}x {line.operation:12} {line.scope[-70:]}")
+    shares = profile(text, [device])
+    print(", ".join(f"{kind} {1e3 * share:.1f} ms" for kind, share in shares.kinds.items()))
+    for module, share in itertools.islice(shares.modules.items(), arguments.show):
+        print(f"{share * 1e3:8.2f} ms  {module}")
 
 
 if __name__ == "__main__":
