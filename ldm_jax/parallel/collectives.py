@@ -42,7 +42,10 @@ _SLICES = re.compile(r'_xla_megascale_target="\{([\d,]+)\}')
 _TARGET = re.compile(r"_xla_megascale_target=(\{\{[\d,{}>\-]*\}\})")
 _LISTED = re.compile(r"replica_groups=\{([\d,{}]*)\}")
 _IOTA = re.compile(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
-_MESH = re.compile(r"replica_groups=mesh\[((?:'\w+'=\d+,?)+)\] \{([^}]*)\}")
+_MESH = re.compile(
+    r"replica_groups=mesh\[((?:'\w+'=\d+,?)+)\]"
+    r"(?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{([^}]*)\}"
+)
 _PAIRS = re.compile(r"source_target_pairs=\{([\d,{}]*)\}")
 
 
@@ -242,7 +245,9 @@ def _groups(line: Line, here: Sequence[Device], everywhere: Sequence[Device]) ->
     elif iota := _IOTA.search(text):
         numbers = _iota(*(integers(part) for part in iota.groups())).tolist()
     elif mesh := _MESH.search(text):
-        numbers = _mesh_groups(mesh[1], mesh[2]).tolist()
+        dims, order = integers(mesh[2]), integers(mesh[3])
+        laid = _iota([-1], dims, order) if dims else None
+        numbers = _mesh_groups(mesh[1], mesh[4], laid).tolist()
     else:
         raise ValueError(f"groups of devices in an unknown notation: {text.strip()[:300]}")
     return [[here[i] for i in row] for row in numbers]
@@ -272,8 +277,8 @@ def _iota(shape: list[int], dims: list[int], order: list[int]) -> np.ndarray:
     return numbers.transpose(order or None).reshape(shape)
 
 
-def _mesh_groups(axes: str, divided: str) -> np.ndarray:
-    """mesh['a'=4,'b'=4] {'b'}: the numbers 0 to 15 as 4 x 4, a row a group.
+def _mesh_groups(axes: str, divided: str, laid: np.ndarray | None = None) -> np.ndarray:
+    """mesh['a'=4,'b'=4] {'b'}: the numbers 0 to 15, or those that are `laid` there, as 4 x 4, a row a group.
 
     {'b':(2)2} is a part of b: the factor of 2 that follows one of 2.
     """
@@ -288,7 +293,8 @@ def _mesh_groups(axes: str, divided: str) -> np.ndarray:
         dims += [before, taken, size // before // taken]
         grouped.append(len(dims) - 2)
     others = [i for i in range(len(dims)) if i not in grouped]
-    numbers = np.arange(math.prod(dims)).reshape(dims).transpose(others + grouped)
+    laid = np.arange(math.prod(dims)) if laid is None else laid
+    numbers = laid.reshape(dims).transpose(others + grouped)
     return numbers.reshape(-1, math.prod(dims[i] for i in grouped))
 
 

@@ -105,6 +105,8 @@ def test_a_permutation_takes_as_long_as_its_longest_way():
         ("mesh['a'=2,'b'=8] {'a','b'}", 16, 2),
         ("mesh['a'=16] {'a':(2)8}", 8, 1),
         ("mesh['a'=16] {'a':(1)2}", 2, 2),
+        ("mesh['a'=8,'b'=2], device_ids=([2,8]T(1,0)) {'a'}", 8, 1),
+        ("mesh['a'=8,'b'=2], device_ids=([2,8]T(1,0)) {'b'}", 2, 2),
     ],
 )
 def test_groups_are_understood_in_every_notation(groups, size, slices):
