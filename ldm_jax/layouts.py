@@ -75,9 +75,9 @@ class Estimate(NamedTuple):
 
 
 def estimates(config: RunConfig, devices: Sequence[Any]) -> list[Estimate]:
-    """All layouts whose batch divides, the fastest that fit first, then the others by what they need.
+    """Layouts whose batch divides, the fastest that fit first, then the others by what they need.
 
-    `tensor` stays as the config has it. Raises as `programs.parts`, and ValueError where no layout divides the batch.
+    A batch is taken in no more parts than fit, since more of them save nothing but memory. `tensor` stays as the config has it. Raises as `programs.parts`, and ValueError where no layout divides the batch.
     """
     row = chip(devices[0].device_kind)
     kept = {remat: _kept(config, remat, devices[0]) for remat in REMAT}
@@ -91,8 +91,15 @@ def estimates(config: RunConfig, devices: Sequence[Any]) -> list[Estimate]:
             f"no mesh of {len(devices)} devices divides a batch of {config.train.batch}; train.batch must be a"
             " multiple of the devices that share it"
         )
-    fits = lambda estimate: estimate.memory <= row.hbm  # noqa: E731
-    return sorted(found, key=lambda x: (not fits(x), x.seconds if fits(x) else x.memory))
+    found.sort(key=lambda x: x.layout.accumulate)
+    fitting: dict[Any, Estimate] = {}
+    for estimate in found:
+        if estimate.memory <= row.hbm:
+            fitting.setdefault(estimate.layout._replace(accumulate=1), estimate)
+    others = (estimate for estimate in found if estimate.memory > row.hbm)
+    return sorted(fitting.values(), key=lambda x: x.seconds) + sorted(
+        others, key=lambda x: x.memory
+    )
 
 
 def _layouts(config: RunConfig, devices: Sequence[Any]) -> Iterator[Layout]:

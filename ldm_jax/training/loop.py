@@ -97,8 +97,10 @@ def fit(
     """
     number, examples = int(state.step), int(state.examples)
     running: collections.deque[Scalars] = collections.deque()
-    source, watch, part = iter(batches), watch or Stopwatch("start"), "first step"
+    source, part = iter(batches), "first step"
     with contextlib.ExitStack() as closing:
+        if watch is None:
+            watch = closing.enter_context(contextlib.closing(Stopwatch("start")))
         for hook in reversed(hooks):
             closing.callback(hook.close)
         while examples < until:

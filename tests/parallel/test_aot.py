@@ -1,11 +1,9 @@
 """The compiler's numbers, added up: of a program written by hand, and where libtpu is installed of compiled ones."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from aside import printed
 
 from ldm_jax.parallel.aot import (
     REACHED,
@@ -200,13 +198,7 @@ print(*map(repeated, (8, 16, 32)), kernels())
 @pytest.fixture(scope="module")
 def compiled():
     """Numbers from a process of its own: the compile cache cannot hold programs for devices that are not here."""
-    pytest.importorskip("libtpu")
-    environment = {**os.environ, "JAX_ENABLE_COMPILATION_CACHE": "false", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, "-c", COMPILED], capture_output=True, text=True, env=environment
-    )
-    assert done.returncode == 0, done.stderr
-    return [float(number) for number in done.stdout.split()]
+    return [float(number) for number in printed(COMPILED)[0].split()]
 
 
 def test_a_scan_of_equal_bodies_costs_as_many_times_one(compiled):

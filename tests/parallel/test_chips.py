@@ -1,18 +1,14 @@
 """The table of chips against the compiler for them, and the links of groups against counting who sends over which."""
 
 import json
-import os
-import subprocess
-import sys
 from itertools import product
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from aside import printed
 
 from ldm_jax.parallel.chips import CHIPS, chip, exchange_links, hops, links, peak_flops
 
-ROOT = Path(__file__).parents[2]
 ROWS = {row.name: row for row in CHIPS}
 
 
@@ -142,13 +138,7 @@ for name in ("v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"):
 
 def test_peak_clock_and_memory_are_those_of_the_compiler():
     """A product of large matrices takes nearly the time of its operations at the peak, and never less."""
-    pytest.importorskip("libtpu")
-    environment = {**os.environ, "JAX_ENABLE_COMPILATION_CACHE": "false", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, "-c", COMPILED], capture_output=True, text=True, env=environment
-    )
-    assert done.returncode == 0, done.stderr
-    rows = [json.loads(row) for row in done.stdout.splitlines()]
+    rows = [json.loads(row) for row in printed(COMPILED)]
     assert len(rows) == len(CHIPS)
     for topology, name, cycles, needed, available in rows:
         row = ROWS[name]

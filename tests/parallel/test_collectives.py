@@ -1,14 +1,12 @@
 """Collectives read from programs written by hand, and where libtpu is installed from the compiler's."""
 
 import json
-import os
-import subprocess
-import sys
 from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from aside import printed
 
 from ldm_jax.parallel.chips import chip
 from ldm_jax.parallel.collectives import collectives
@@ -302,13 +300,7 @@ PARAMETERS = 2 * 4 * 1024 * 4096 * 2  # bytes of all layers
 
 @pytest.fixture(scope="module")
 def compiled():
-    pytest.importorskip("libtpu")
-    environment = {**os.environ, "JAX_ENABLE_COMPILATION_CACHE": "false", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, "-c", COMPILED], capture_output=True, text=True, env=environment
-    )
-    assert done.returncode == 0, done.stderr
-    found = dict(json.loads(row) for row in done.stdout.splitlines())
+    found = dict(json.loads(row) for row in printed(COMPILED))
     return {name: [SimpleNamespace(**row) for row in rows] for name, rows in found.items()}
 
 

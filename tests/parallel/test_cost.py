@@ -1,15 +1,13 @@
 """Costs of programs written by hand, and where libtpu is installed of compiled ones, good and bad."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import pytest
+from aside import printed
 from jax.sharding import NamedSharding, PartitionSpec
 
 from ldm_jax.parallel import MeshConfig, make_mesh
@@ -230,13 +228,7 @@ show("gathered", all_, layers(), x, v, given(all_, (2048, 6144)))
 
 @pytest.fixture(scope="module")
 def compiled():
-    pytest.importorskip("libtpu")
-    environment = {**os.environ, "JAX_ENABLE_COMPILATION_CACHE": "false", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, "-c", COMPILED], capture_output=True, text=True, env=environment
-    )
-    assert done.returncode == 0, done.stderr
-    return dict(json.loads(row) for row in done.stdout.splitlines())
+    return dict(json.loads(row) for row in printed(COMPILED))
 
 
 def test_narrow_products_are_slower_and_warned_of(compiled):
