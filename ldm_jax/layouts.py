@@ -77,9 +77,10 @@ class Estimate(NamedTuple):
 def estimates(config: RunConfig, devices: Sequence[Any]) -> list[Estimate]:
     """Layouts whose batch divides, the fastest that fit first, then the others by what they need.
 
-    A batch is taken in no more parts than fit, since more of them save nothing but memory. `tensor` stays as the config has it. Raises as `programs.parts`, and ValueError where no layout divides the batch.
+    A batch is taken in no more parts than fit, since more of them save nothing but memory. `tensor` stays as the config
+    has it. Raises as `programs.parts`, and ValueError where no layout divides the batch.
     """
-    row = chip(devices[0].device_kind)
+    room = chip(devices[0].device_kind).hbm
     kept = {remat: _kept(config, remat, devices[0]) for remat in REMAT}
     given = functools.cache(lambda fsdp: _given(config, fsdp, devices))
     found = [
@@ -94,9 +95,9 @@ def estimates(config: RunConfig, devices: Sequence[Any]) -> list[Estimate]:
     found.sort(key=lambda x: x.layout.accumulate)
     fitting: dict[Any, Estimate] = {}
     for estimate in found:
-        if estimate.memory <= row.hbm:
+        if estimate.memory <= room:
             fitting.setdefault(estimate.layout._replace(accumulate=1), estimate)
-    others = (estimate for estimate in found if estimate.memory > row.hbm)
+    others = (estimate for estimate in found if estimate.memory > room)
     return sorted(fitting.values(), key=lambda x: x.seconds) + sorted(
         others, key=lambda x: x.memory
     )
