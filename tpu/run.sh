@@ -102,10 +102,13 @@ stop_stream() {
   streamer=""
 }
 
+# Stops before it kills, as a process that runs on could start another child meanwhile.
 kill_tree() {
   local child
+  kill -STOP "$1" 2>/dev/null || return 0
   for child in $(pgrep -P "$1"); do kill_tree "$child"; done
-  kill "$1" 2>/dev/null || true
+  kill -TERM "$1" 2>/dev/null || true
+  kill -CONT "$1" 2>/dev/null || true
 }
 
 # Returns when all workers have ended, with `results` how.
