@@ -17,7 +17,7 @@ from ldm_jax import diffusion
 from ldm_jax.config import CHECKPOINTS, RunConfig
 from ldm_jax.data.latents import Autoencoder, Manifest, main_captions
 from ldm_jax.data.loader import Loader, fixed_batch
-from ldm_jax.evals.evaluator import Evaluator, Scorer
+from ldm_jax.evals.evaluator import Evaluator, Scorer, proceed
 from ldm_jax.evals.faithfulness import Faithfulness
 from ldm_jax.evals.generation import Generate, make_generate
 from ldm_jax.evals.prompts import Prompts, read_prompts
@@ -209,10 +209,13 @@ def make_validation(
     network: Functional,
     pretrained: Pretrained,
     mesh: Mesh,
-) -> Callable[[Params, Params], dict[str, float]]:
-    """`validate(params, frozen) -> {noise level: loss}` on fixed records and noise; {} where none is wanted."""
+) -> Callable[..., dict[str, float]]:
+    """`validate(params, frozen, pause=...) -> {noise level: loss}` on fixed records and noise; {} where none is wanted.
+
+    What `pause` raises after a batch ends it.
+    """
     if not config.eval.validation:
-        return lambda params, frozen: {}
+        return lambda params, frozen, pause=proceed: {}
     directory = validation_records(config, workdir)
     count = min(config.eval.validation, check_records(config, directory, pretrained).written)
     tokenizer = None if config.data.text_embeddings else pretrained.text
@@ -235,8 +238,13 @@ def make_validation(
         keys = jax.vmap(jax.random.fold_in, (None, 0))(key(config, "eval"), part.index)
         return loss(params, frozen, part, keys)
 
-    def validate(params: Params, frozen: Params) -> dict[str, float]:
-        found = [jax.device_get(losses(params, frozen, put_same(part, mesh))) for part in parts]
+    def validate(
+        params: Params, frozen: Params, pause: Callable[[], None] = proceed
+    ) -> dict[str, float]:
+        found = []
+        for part in parts:
+            found.append(jax.device_get(losses(params, frozen, put_same(part, mesh))))
+            pause()
         values = np.concatenate(found)[:count].mean(0, dtype=np.float64).tolist()
         return dict(zip(map(str, config.eval.levels), values, strict=True))
 

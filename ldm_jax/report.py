@@ -36,7 +36,7 @@ from PIL import Image
 from ldm_jax.data.durable import write_atomically
 from ldm_jax.flags import any_path, run_command
 from ldm_jax.scaling import plots
-from ldm_jax.scaling.records import RunRecord, read_records
+from ldm_jax.scaling.records import RunRecord, read_lines, read_records
 from ldm_jax.types import Estimate
 
 Line = dict[str, Any]
@@ -124,11 +124,7 @@ def _read_json(path: epath.Path, absent: Any) -> Any:
 def _read_lines(path: epath.Path) -> list[Line]:
     """The lines by examples, those of one count merged into one; none that is unfinished."""
     lines: dict[int, Line] = {}
-    for text in path.read_text().splitlines() if path.is_file() else ():
-        try:
-            line = json.loads(text)
-        except ValueError:
-            continue
+    for line in read_lines(path):
         lines[line["examples"]] = lines.get(line["examples"], {}) | line
     return [lines[examples] for examples in sorted(lines)]
 

@@ -9,33 +9,38 @@ last checkpoint and ends as if nothing had happened.
 
 import argparse
 import contextlib
+import functools
 import json
 import logging
 import math
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import numpy as np
 from etils import epath
+from jax.experimental import multihost_utils
 
 from ldm_jax import build
 from ldm_jax.config import CHECKPOINTS, RunConfig, claim
 from ldm_jax.configuration import to_json
 from ldm_jax.data.durable import alone_in
 from ldm_jax.data.scenes import render
-from ldm_jax.evals.evaluator import Evaluation
+from ldm_jax.evals.evaluator import Evaluation, Evaluator
 from ldm_jax.evals.journal import Journal
+from ldm_jax.evals.prompts import Prompts
 from ldm_jax.flags import run_command
 from ldm_jax.models.flops import count
 from ldm_jax.nn.functional import Functional
 from ldm_jax.parallel import distributed, make_mesh
 from ldm_jax.pretrained import Pretrained, load_pretrained
-from ldm_jax.scaling.records import RunRecord, append_line, append_record
+from ldm_jax.scaling.records import RunRecord, append_line, append_record, read_lines
 from ldm_jax.training import Every, Hook, State, Stopwatch, Tick, fit, prefetch
 from ldm_jax.training.checkpoints import Checkpoints
-from ldm_jax.training.hooks import Guard, Metrics, Preemption, Profiler, Progress, Save, tensorboard
+from ldm_jax.training.hooks import Guard, Metrics, Profiler, Progress, tensorboard
+from ldm_jax.training.saving import Preemption, Save
 from ldm_jax.types import Estimate, Params
 
 
@@ -62,26 +67,9 @@ def run(config: RunConfig, workdir: epath.Path, watch: Stopwatch) -> None:
     checkpoints = Checkpoints(workdir / CHECKPOINTS, keep=config.train.keep)
     state = begin(training, checkpoints)
     begun = int(state.examples)
-    guard = Guard(workdir, checkpoints.latest, factor=config.train.explosion)
     flops = flops_per_example(config, pretrained)
-    metrics = shown = None
-    if distributed.is_first():
-        metrics = Metrics(workdir, config.train.log_every, tensorboard(workdir), begun)
-        shown = [metrics, Progress(config.train.examples, flops)]
-    evaluate = Evaluate(config, workdir, network, pretrained, mesh, metrics, guard.settle)
-    if not begun:
-        with watch("evaluation"):
-            evaluate.untrained(state)
-    settle = (guard.settle, metrics.settle) if metrics else (guard.settle,)
-    hooks = [
-        guard,
-        *(shown or ()),
-        Every(config.eval.every, evaluate),
-        Save(checkpoints, config.train.save_every, settle=settle),
-        Preemption(checkpoints, distributed.PREEMPTED, settle=settle),
-    ]
-    if config.train.profile and distributed.is_first():
-        hooks.append(Profiler(workdir / "profile", *config.train.profile))
+    scoring = make_scoring(config, workdir, network, pretrained, mesh)
+    hooks = make_hooks(config, workdir, checkpoints, begun, flops, scoring)
     loader.seek(begun)
     step = build.jit_step(training, mesh)
     try:
@@ -105,10 +93,10 @@ def run(config: RunConfig, workdir: epath.Path, watch: Stopwatch) -> None:
 def tell_time(watch: Stopwatch, workdir: epath.Path, begun: int) -> None:
     """Says where the time went, and keeps it: one line for each time that the command ran."""
     logging.info("%s", watch)
-    if watch.recompiled:
-        logging.warning("The step was compiled %d times more after its first.", watch.recompiled)
+    if again := watch.programs["recompiled"]:
+        logging.warning("The step was compiled %d times more after its first.", again)
     seconds = {part: round(value, 3) for part, value in watch.seconds.items()}
-    line = {"from": begun, "recompiled": watch.recompiled, "seconds": seconds}
+    line = {"from": begun, **watch.programs, "seconds": seconds}
     append_line(workdir / "goodput.jsonl", line)
 
 
@@ -121,10 +109,57 @@ def begin(training: build.Training, checkpoints: Checkpoints) -> State:
     return state
 
 
+class Scoring(NamedTuple):
+    """What a model in training is evaluated by, and on."""
+
+    prompts: Prompts
+    evaluator: Evaluator
+    validate: Callable[..., dict[str, float]]
+    frozen: Params
+
+
+def make_scoring(
+    config: RunConfig,
+    workdir: epath.Path,
+    network: Functional,
+    pretrained: Pretrained,
+    mesh: jax.sharding.Mesh,
+) -> Scoring:
+    """What the config describes of it."""
+    prompts = build.make_prompts(config, workdir)
+    evaluator = build.make_evaluator(config, prompts, network, pretrained, mesh)
+    validate = build.make_validation(config, workdir, network, pretrained, mesh)
+    return Scoring(prompts, evaluator, validate, pretrained.params)
+
+
+def make_hooks(
+    config: RunConfig,
+    workdir: epath.Path,
+    checkpoints: Checkpoints,
+    begun: int,
+    flops: float,
+    scoring: Scoring,
+) -> list[Hook]:
+    """What looks on, in the order in which it is asked: what writes for people is the first process's."""
+    guard = Guard(workdir, checkpoints.latest, factor=config.train.explosion)
+    metrics, shown, traced = None, [], []
+    if distributed.is_first():
+        metrics = Metrics(workdir, config.train.log_every, tensorboard(workdir), begun)
+        shown = [metrics, Progress(config.train.examples, flops)]
+        if config.train.profile:
+            traced = [Profiler(workdir / "profile", *config.train.profile)]
+    settle = (guard.settle, metrics.settle) if metrics else (guard.settle,)
+    preemption = Preemption(checkpoints, distributed.PREEMPTED, settle=settle)
+    evaluate = Evaluate(config, workdir, scoring, metrics, guard.settle, preemption.check)
+    save = Save(checkpoints, config.train.save_every, settle=settle)
+    return [guard, *shown, Every(config.eval.every, evaluate), save, preemption, *traced]
+
+
 class Evaluate(Hook):
     """Samples of fixed prompts, their scores and the validation loss, by all processes together.
 
-    That with `metrics` writes them there and into the journal.
+    That with `metrics` writes them there and into the journal. `settle` is asked first, and between two batches `check`
+    may end the run, which then begins with the evaluation that it owes.
     """
 
     part = "evaluation"
@@ -133,46 +168,61 @@ class Evaluate(Hook):
         self,
         config: RunConfig,
         workdir: epath.Path,
-        network: Functional,
-        pretrained: Pretrained,
-        mesh: jax.sharding.Mesh,
+        scoring: Scoring,
         metrics: Metrics | None,
         settle: Callable[[], None],
+        check: Callable[[State], None],
     ) -> None:
-        self._prompts = build.make_prompts(config, workdir)
-        self._evaluator = build.make_evaluator(config, self._prompts, network, pretrained, mesh)
-        self._validate = build.make_validation(config, workdir, network, pretrained, mesh)
+        self._config, self._scoring, self._metrics = config, scoring, metrics
+        self._settle, self._check = settle, check
         self._journal = Journal(workdir, config.eval.shown) if metrics else None
         if self._journal:
-            self._journal.prompts(self._prompts)
-        self._config, self._frozen, self._metrics = config, pretrained.params, metrics
-        self._settle = settle
+            self._journal.prompts(scoring.prompts)
+
+    def begin(self, state: State) -> None:
+        """Scores what training starts from, or makes up for an evaluation that was not written down."""
+        examples = int(state.examples)
+        if not examples:
+            self._untrained(state)
+        elif self._owed(examples):
+            self._write(examples, state)
 
     def __call__(self, tick: Tick) -> None:
         self._settle()  # no state is scored that the guard would refuse
-        weights = self._config.eval.weights
-        self._write(
-            tick.examples, weights, tick.state.average if weights == "ema" else tick.state.params
-        )
+        self._write(tick.examples, tick.state)
 
-    def untrained(self, state: State) -> None:
-        """Scores what training starts from, and the true images where the prompts have them."""
-        references = {"untrained": self._write(0, "raw", state.params)}
-        if self._prompts.scenes:
-            pixels = np.stack([render(scene) for scene in self._prompts.scenes])
+    def close(self) -> None:
+        """Every evaluation is written when it is made."""
+
+    def _owed(self, examples: int) -> bool:
+        """Whether one was due after the last step and is not in the journal, which the first process asks for all."""
+        train, period = self._config.train, self._config.eval.every
+        due = examples // period > (examples - train.batch) // period or examples >= train.examples
+        missing = self._journal is not None and not self._journal.has(examples)
+        return due and bool(multihost_utils.broadcast_one_to_all(np.bool_(missing)))
+
+    def _untrained(self, state: State) -> None:
+        """The model before training, and the true images where the prompts have them."""
+        references = {"untrained": self._write(0, state, "raw")}
+        if self._scoring.prompts.scenes:
+            pixels = np.stack([render(scene) for scene in self._scoring.prompts.scenes])
             truth = pixels.astype(np.float32) / 127.5 - 1
-            references["true renders"] = self._evaluator.score(truth, self._frozen)
+            scores = self._scoring.evaluator.score(truth, self._scoring.frozen)
+            references["true renders"] = scores
             if self._journal:
                 self._journal.picture("samples/true.png", truth)
         if self._journal:
             self._journal.references(references)
 
-    def close(self) -> None:
-        """Every evaluation is written when it is made."""
-
-    def _write(self, examples: int, weights: str, params: Params) -> dict[str, Estimate]:
-        evaluation = self._evaluator(params, self._frozen, self._config.sampling.guidance)
-        losses = self._validate(params, self._frozen)
+    def _write(
+        self, examples: int, state: State, weights: str | None = None
+    ) -> dict[str, Estimate]:
+        weights = weights or self._config.eval.weights
+        params = state.average if weights == "ema" else state.params
+        pause = functools.partial(self._check, state)
+        _, evaluator, validate, frozen = self._scoring
+        evaluation = evaluator(params, frozen, self._config.sampling.guidance, pause)
+        losses = validate(params, frozen, pause)
         if self._journal:
             self._told(examples, weights, evaluation, losses)
         return evaluation.scores
@@ -199,14 +249,14 @@ def flops_per_example(config: RunConfig, pretrained: Pretrained) -> float:
 
 def record(config: RunConfig, workdir: epath.Path, state: State, flops: float) -> RunRecord:
     """What the finished run was, what it cost and what came of it, from what it wrote."""
-    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    rows = read_lines(workdir / "metrics.jsonl")
     steps = [row for row in rows if "examples_per_second" in row]
     begun = [0, *(row["examples"] for row in steps)]
     seconds = math.fsum(
         (row["examples"] - before) / row["examples_per_second"]
         for before, row in zip(begun, steps, strict=False)
     )
-    last = json.loads((workdir / "evaluations.jsonl").read_text().splitlines()[-1])
+    last = read_lines(workdir / "evaluations.jsonl")[-1]
     return RunRecord(
         study="",
         config=json.loads(to_json(config)),

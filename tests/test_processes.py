@@ -1,10 +1,10 @@
 """Real processes on this machine, as hosts of a slice: they train alike, and what befalls one of them is survived."""
 
-import contextlib
 import dataclasses
-import json
 import os
 import random
+import resource
+import shutil
 import signal
 import socket
 import subprocess
@@ -20,6 +20,7 @@ from orbax.checkpoint import v1 as ocp
 
 from ldm_jax import encode
 from ldm_jax.parallel.distributed import ABORTED, PREEMPTED
+from ldm_jax.scaling.records import read_lines
 from ldm_jax.training.checkpoints import Checkpoints
 
 pytestmark = [
@@ -27,23 +28,24 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Sharding info not provided"),
 ]
 ROOT = Path(__file__).parent.parent
-EXAMPLES, BATCH = 80, 8  # over two epochs of 32 records
+WATCHED = ROOT / "tests" / "watched_train.py"
+EXAMPLES, BATCH, RECORDS = 80, 8, 32  # over two epochs
 HEARTBEAT = 10  # seconds
 CONFIG = dataclasses.replace(
     runs.TINY,
-    data=dataclasses.replace(runs.TINY.data, source="scenes:simple?count=32"),
+    data=dataclasses.replace(runs.TINY.data, source=f"scenes:simple?count={RECORDS}"),
     optimizer=dataclasses.replace(runs.TINY.optimizer, eps=1e-3),  # or it amplifies rounding
     train=dataclasses.replace(
         runs.TINY.train, examples=EXAMPLES, batch=BATCH, log_every=BATCH, save_every=2 * BATCH
     ),
-    eval=dataclasses.replace(runs.TINY.eval, every=EXAMPLES),
+    eval=dataclasses.replace(runs.TINY.eval, every=EXAMPLES // 2),
 )
 
 
 class Job:
-    """`python -m ldm_jax.train` as so many processes, each with so many CPU devices."""
+    """`python -m ldm_jax.train`, watched, as so many processes, each with so many CPU devices."""
 
-    def __init__(self, workdir, processes, devices, *words, missing=0):
+    def __init__(self, workdir, processes, devices, *words, missing=0, wait=0):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             address = f"127.0.0.1:{free.getsockname()[1]}"
@@ -52,11 +54,12 @@ class Job:
             **os.environ,
             "PYTHONPATH": str(ROOT),
             "XLA_FLAGS": f"{flags} --xla_backend_optimization_level=0",
+            "WAIT": str(wait),
         }
         self.logs = [workdir / f"log{i}" for i in range(processes)]
         self.processes = []
         for i in range(processes - missing):
-            command = [sys.executable, "-m", "ldm_jax.train", f"--workdir={workdir}", *words]
+            command = [sys.executable, WATCHED, f"--workdir={workdir}", *words]
             if processes > 1:
                 command += [f"--coordinator={address}", f"--num-processes={processes}"]
                 command += [f"--process-id={i}", f"--heartbeat-timeout={HEARTBEAT}"]
@@ -104,22 +107,29 @@ def mesh(data, fsdp=1, tensor=1):
     return [f"--config.mesh.{axis}={size}" for axis, size in sizes.items()]
 
 
-def lines(path):
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+def order(workdir):
+    """Of every step the records of its batch, row by row; a step that was done twice has seen the same."""
+    steps = {}
+    for path in (workdir / "seen").iterdir():
+        for line in read_lines(path):
+            rows = steps.setdefault(line["examples"], {})
+            for row, record in line["rows"].items():
+                assert rows.setdefault(int(row), record) == record
+    return {examples: [rows[i] for i in range(BATCH)] for examples, rows in sorted(steps.items())}
 
 
 def losses(workdir):
     """Of every step; the examples that it ends at are part of it."""
     return {
-        row["examples"]: row["loss"] for row in lines(workdir / "metrics.jsonl") if "loss" in row
+        row["examples"]: row["loss"]
+        for row in read_lines(workdir / "metrics.jsonl")
+        if "loss" in row
     }
 
 
 def seen(workdir):
     """Examples of the last step that is surely over."""
-    with contextlib.suppress(ValueError):  # a line that is being written
-        return max(losses(workdir), default=0)
-    return 0
+    return max(losses(workdir), default=0)
 
 
 def params(workdir):
@@ -171,16 +181,62 @@ def assert_alike(workdir, calm):
     assert ours.keys() == theirs.keys()
     for name, array in theirs.items():
         np.testing.assert_allclose(ours[name], array, rtol=1e-3, atol=1e-4, err_msg=name)
-    scores, others = (lines(path / "evaluations.jsonl")[-1]["scores"] for path in (workdir, calm))
-    for name, score in others.items():
-        np.testing.assert_allclose(scores[name][0], score[0], atol=0.02, err_msg=name)
+    scores, others = (
+        {line["examples"]: line["scores"] for line in read_lines(path / "evaluations.jsonl")}
+        for path in (workdir, calm)
+    )
+    assert sorted(scores) == [0, EXAMPLES // 2, EXAMPLES] == sorted(others)
+    for name, score in others[EXAMPLES].items():
+        np.testing.assert_allclose(scores[EXAMPLES][name][0], score[0], atol=0.02, err_msg=name)
+    assert order(workdir) == order(calm)
+
+
+def test_no_example_is_skipped_or_repeated(calm):
+    batches = order(calm)
+    assert list(batches) == list(range(BATCH, EXAMPLES + 1, BATCH))
+    records = [record for batch in batches.values() for record in batch]
+    epochs = [records[i : i + RECORDS] for i in range(0, EXAMPLES, RECORDS)]
+    assert [sorted(epoch) for epoch in epochs[:2]] == [list(range(RECORDS))] * 2
+    assert epochs[0] != epochs[1]
+    assert len(set(epochs[2])) == EXAMPLES - 2 * RECORDS
 
 
 @pytest.mark.parametrize(("processes", "devices", "sizes"), [(4, 1, (1, 4)), (2, 2, (1, 2, 2))])
 def test_processes_train_as_one_does(fresh, calm, processes, devices, sizes):
     finished(fresh, processes, devices, *mesh(*sizes))
     assert_alike(fresh, calm)
-    assert [row["recompiled"] for row in lines(fresh / "goodput.jsonl")] == [0]
+    assert [row["recompiled"] for row in read_lines(fresh / "goodput.jsonl")] == [0]
+
+
+def test_a_run_compiles_once(fresh, calm):
+    """Its programs are in its directory: where they are, the same run compiles nothing."""
+    (first,) = read_lines(calm / "goodput.jsonl")
+    assert first["compiled"] > 0 == first["recompiled"]
+    shutil.copytree(calm / "compiled", fresh / "compiled")
+    finished(fresh, 1, 1)
+    (again,) = read_lines(fresh / "goodput.jsonl")
+    assert (again["compiled"], again["recompiled"]) == (0, 0)
+    assert again["cached"] >= first["compiled"]
+
+
+def test_a_full_disk_costs_checkpoints_and_not_the_run(fresh, calm):
+    """No process may write a file of more than a few kilobytes, for a while."""
+    with Job(fresh, 2, 2, *mesh(2, 2)) as job:
+        job.until(lambda: Checkpoints(fresh / "checkpoints").latest() == 2 * BATCH)
+        full(job, True)
+        job.until(lambda: "Training goes on without it" in job.said())
+        assert Checkpoints(fresh / "checkpoints").latest() == 2 * BATCH
+        full(job, False)
+        assert job.wait() == [0, 0], job.said()
+    assert all("Training goes on without it" in log.read_text() for log in job.logs)
+    assert_alike(fresh, calm)
+
+
+def full(job, now):
+    """Limits the size of a file; processes are told by an OSError, as of a full disk."""
+    limit = 2**15 if now else resource.RLIM_INFINITY
+    for process in job.processes:
+        resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
 
 
 def test_a_run_goes_on_with_other_processes_on_another_mesh(fresh, calm):
@@ -198,11 +254,19 @@ def test_a_run_goes_on_with_other_processes_on_another_mesh(fresh, calm):
 
 
 @pytest.mark.parametrize(
-    ("processes", "moment"), [(1, "in a step"), (1, "while it saves"), (2, "in a step")]
+    ("processes", "moment"),
+    [
+        *((1, "in a step"), (1, "while it saves"), (1, "while it evaluates")),
+        *((2, "in a step"), (2, "while it evaluates")),
+    ],
 )
 def test_sigterm_leaves_a_checkpoint_and_the_run_goes_on(fresh, calm, processes, moment):
-    with Job(fresh, processes, 2, *mesh(-1, 2)) as job:
-        job.until(lambda: seen(fresh) >= 3 * BATCH)
+    evaluating = moment == "while it evaluates"
+    with Job(fresh, processes, 2, *mesh(-1, 2), wait=2 * evaluating) as job:
+        if evaluating:  # after the untrained network
+            job.until(lambda: len(read_lines(fresh / "validations")) == 2)
+        else:
+            job.until(lambda: seen(fresh) >= 3 * BATCH)
         if moment == "while it saves":
             job.until(lambda: saving(fresh))
         job.processes[-1].send_signal(signal.SIGTERM)  # one is told, and all stop
@@ -210,6 +274,9 @@ def test_sigterm_leaves_a_checkpoint_and_the_run_goes_on(fresh, calm, processes,
     examples = Checkpoints(fresh / "checkpoints").latest()
     assert f"Saved after {examples} examples; the same command continues" in job.said()
     assert max(losses(fresh)) == examples
+    if evaluating:
+        assert examples == EXAMPLES // 2
+        assert [line["examples"] for line in read_lines(fresh / "evaluations.jsonl")] == [0]
     finished(fresh, 1, 2, *mesh(-1, 2))
     assert_alike(fresh, calm)
 

@@ -4,7 +4,7 @@ Sampling, decoding and features are one jitted program; scores come on the host 
 order, so they depend neither on the batch nor on the number of devices.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -15,6 +15,10 @@ from jaxtyping import Array, Float
 from ldm_jax.evals.generation import Generate
 from ldm_jax.parallel import jit, put_same, replicated
 from ldm_jax.types import Estimate, Images, OneTokens, Params, Tokens
+
+
+def proceed() -> None:
+    """Between two batches: nothing."""
 
 
 class Metric(Protocol):
@@ -85,13 +89,15 @@ class Evaluator:
             out_shardings=replicated(mesh),
         )
 
-    def __call__(self, params: Params, frozen: Params, guidance: float) -> Evaluation:
-        """Samples of the model `params` at a scale of guidance, scored."""
+    def __call__(
+        self, params: Params, frozen: Params, guidance: float, pause: Callable[[], None] = proceed
+    ) -> Evaluation:
+        """Samples of the model `params` at a scale of guidance, scored; what `pause` raises after a batch ends it."""
         rows = {**self._inputs, "read": self._read}
-        parts = [
-            jax.device_get(self._run(params, frozen, part, np.float32(guidance)))
-            for part in self._batches(rows)
-        ]
+        parts = []
+        for part in self._batches(rows):
+            parts.append(jax.device_get(self._run(params, frozen, part, np.float32(guidance))))
+            pause()
         images, features = self._joined(parts)
         return Evaluation(images, self._result(features))
 

@@ -14,7 +14,7 @@ from etils import epath
 from ldm_jax.evals.evaluator import Evaluation
 from ldm_jax.evals.image_grids import save_grid
 from ldm_jax.evals.prompts import Prompts
-from ldm_jax.scaling.records import append_line
+from ldm_jax.scaling.records import append_line, read_lines
 from ldm_jax.types import Estimate, Images
 
 COLUMNS = 8  # of a picture of samples
@@ -26,6 +26,11 @@ class Journal:
     def __init__(self, directory: epath.PathLike, shown: int) -> None:
         self._directory, self._shown = epath.Path(directory), shown
         (self._directory / "samples").mkdir(parents=True, exist_ok=True)
+
+    def has(self, examples: int) -> bool:
+        """Whether an evaluation after so many examples is written down."""
+        lines = read_lines(self._directory / "evaluations.jsonl")
+        return any(line["examples"] == examples for line in lines)
 
     def prompts(self, prompts: Prompts) -> None:
         """Writes down what is evaluated on."""

@@ -4,6 +4,7 @@ A ledger is only ever appended to. A run that was repeated (the same study, conf
 of examples) has several lines, and the last one counts.
 """
 
+import contextlib
 import dataclasses
 import fcntl
 import json
@@ -56,6 +57,19 @@ def append_line(path: epath.PathLike, entry: Any) -> None:
         _append_anew(epath.Path(path), line)
     else:
         _append_locked(path, line)
+
+
+def read_lines(path: epath.PathLike) -> list[dict[str, Any]]:
+    """The objects that `append_line` has added, none where there is no file, without what was left unfinished."""
+    try:  # not `exists`, which takes a bucket that does not answer for an absent file
+        lines = epath.Path(path).read_text().splitlines()
+    except FileNotFoundError:
+        return []
+    found = []
+    for line in lines:
+        with contextlib.suppress(ValueError):
+            found.append(json.loads(line))
+    return found
 
 
 def in_bucket(path: epath.PathLike) -> bool:

@@ -13,13 +13,15 @@ import logging
 import os
 import shutil
 import zlib
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from etils import epath
+from jax.experimental import multihost_utils
 from jaxtyping import Array, UInt32
 from orbax.checkpoint import v1 as ocp
 
@@ -72,22 +74,44 @@ class Checkpoints:
           TrainingError: the state holds a number that is not finite.
         """
         self.wait()
-        examples = int(state.examples)
+        examples, leaves = int(state.examples), _named(state)
+        size = sum(leaf.nbytes for leaf in leaves.values())
         with self._explained(examples):
-            self._sweep()
-            if examples in self._usable():
+            if _by_first(lambda: self._is_there(examples, size)):
                 return
-        leaves = _named(state)
         manifest, poisoned = _describe(leaves)
         if poisoned:
             raise TrainingError(
                 f"The state after {examples} examples has numbers that are not finite and is not "
                 f"saved: {_some(poisoned)}."
             )
+        with self._explained(examples):
+            try:
+                _together(lambda: self._start(examples, leaves, manifest))
+            except Exception:
+                self._pending = None  # in all processes, as in that which failed
+                raise
+
+    def wait(self) -> None:
+        """Waits for the save under way, if any, and then deletes what is too old.
+
+        Raises:
+          OSError: the checkpoint could not be written.
+        """
+        if self._pending is not None:
+            with self._explained(self._pending[0]):
+                _together(self._finish)
+
+    def close(self) -> None:
+        """Waits as `wait`, but without the other processes, which may have ended."""
+        if self._pending is not None:
+            with self._explained(self._pending[0]):
+                self._finish()
+
+    def _start(self, examples: int, leaves: dict[str, Any], manifest: dict[str, Any]) -> None:
         in_slices = ocp.Context()
         in_slices.array.saving.min_slice_bytes_for_replica_parallel = _SLICE
-        with self._explained(examples), in_slices:
-            self._check_room(sum(leaf.nbytes for leaf in leaves.values()))
+        with in_slices:
             response = ocp.save_async(
                 self._path(examples),
                 _nested(leaves),
@@ -96,17 +120,9 @@ class Checkpoints:
             )
         self._pending = examples, response
 
-    def wait(self) -> None:
-        """Waits for the save under way, if any, and then deletes what is too old.
-
-        Raises:
-          OSError: the checkpoint could not be written.
-        """
-        if self._pending is None:
-            return
-        (examples, response), self._pending = self._pending, None
-        with self._explained(examples):
-            response.result()
+    def _finish(self) -> None:
+        (_, response), self._pending = self._pending, None
+        response.result()
         if jax.process_index() == 0:
             for old in self._usable()[: -self.keep]:
                 self._path(old).rmtree()
@@ -165,7 +181,8 @@ class Checkpoints:
         return max(self._usable(), default=None)
 
     def _usable(self) -> list[int]:
-        try:  # to ask `is_dir` first would take a bucket that does not answer for an empty one
+        try:  # to ask `is_dir` would take a bucket that does not answer for an empty one
+            self.directory.stat()  # of one that is not there TensorFlow's listing says so by another error
             there = [path for path in self.directory.iterdir() if path.name.isdigit()]
         except (FileNotFoundError, NotADirectoryError):
             return []
@@ -175,13 +192,20 @@ class Checkpoints:
     def _path(self, examples: int) -> epath.Path:
         return self.directory / f"{examples:012d}"
 
+    def _is_there(self, examples: int, size: int) -> bool:
+        """Whether this checkpoint is; if not, makes sure that there is room for it."""
+        self._sweep()
+        there = examples in self._usable()
+        if not there:
+            self._check_room(size)
+        return there
+
     def _sweep(self) -> None:
         """Removes what a killed run or a full disk left unfinished; only a writer may do so."""
-        if jax.process_index() == 0:
-            self.directory.mkdir(parents=True, exist_ok=True)
-            for path in self.directory.iterdir():
-                if _TEMPORARY in path.name:
-                    path.rmtree()
+        self.directory.mkdir(parents=True, exist_ok=True)
+        for path in self.directory.iterdir():
+            if _TEMPORARY in path.name:
+                path.rmtree()
 
     def _check_room(self, needed: int) -> None:
         """Tells of a full disk beforehand, where it can be known, and more plainly than Orbax."""
@@ -199,6 +223,27 @@ class Checkpoints:
                 f"The checkpoint of {examples} examples could not be written to {self.directory} "
                 f"({_sentence(error)}); the newest whole one there is of {self._newest()} examples."
             ) from error
+
+
+def _by_first(ask: Callable[[], bool]) -> bool:
+    """What the first process answers, for all; where it fails, so do all, as none may wait for another."""
+    return _together(lambda: ask() if jax.process_index() == 0 else False)
+
+
+def _together(do: Callable[[], Any]) -> bool:
+    """Does it in every process, and returns whether it was true in any; where one fails, so do all."""
+    found, fault = False, None
+    try:
+        found = bool(do())
+    except Exception as error:  # Orbax raises many kinds.
+        fault = error
+    outcomes = np.array([found, fault is not None])
+    found, failed = multihost_utils.process_allgather(outcomes).reshape(-1, 2).any(0)
+    if fault is not None:
+        raise fault
+    if failed:
+        raise OSError("another process could not; its log says why")
+    return bool(found)
 
 
 def _named(tree: Any) -> dict[str, Any]:

@@ -9,21 +9,26 @@ import jax
 
 STEPS = "steps"
 _COMPILED = "/jax/core/compile/backend_compile_duration"
+_CACHE = {
+    "/jax/compilation_cache/cache_misses": "compiled",
+    "/jax/compilation_cache/cache_hits": "cached",
+}
 
 
 class Stopwatch:
     """Charges every second to one part of a run; a part within another is not the other's.
 
-    `recompiled` counts the programs that were compiled, or fetched from the compile cache, in the course of steps:
-    after a run's first step there is none.
+    `programs` counts those that were "compiled" for the compile cache and those that were found there, "cached";
+    "recompiled" are those of both kinds that a step after the first needed, where there should be none.
     """
 
     def __init__(self, part: str, clock: Callable[[], float] = time.monotonic) -> None:
         """Starts with the seconds of `part`."""
         self.seconds: collections.Counter[str] = collections.Counter()
-        self.recompiled = 0
+        self.programs = dict.fromkeys(("compiled", "cached", "recompiled"), 0)
         self._clock, self._parts, self._since = clock, [part], clock()
         jax.monitoring.register_event_duration_secs_listener(self._heard)
+        jax.monitoring.register_event_listener(self._counted)
 
     @contextlib.contextmanager
     def __call__(self, part: str) -> Iterator[None]:
@@ -39,6 +44,7 @@ class Stopwatch:
     def close(self) -> None:
         """Stops listening to the compiler."""
         jax.monitoring.unregister_event_duration_listener(self._heard)
+        jax.monitoring.unregister_event_listener(self._counted)
 
     def __str__(self) -> str:
         """One line: `Goodput 93%: 812 s of 870 s in steps; compiling 30 s, evaluation 15 s, ...`."""
@@ -56,4 +62,9 @@ class Stopwatch:
         self._since = now
 
     def _heard(self, event: str, duration: float, **_: object) -> None:
-        self.recompiled += event == _COMPILED and self._parts[-1] == STEPS
+        if event == _COMPILED and self._parts[-1] == STEPS:
+            self.programs["recompiled"] += 1
+
+    def _counted(self, event: str, **_: object) -> None:
+        if event in _CACHE:
+            self.programs[_CACHE[event]] += 1

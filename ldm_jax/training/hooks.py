@@ -1,20 +1,16 @@
-"""What looks on while a run trains: progress, metrics, a guard, a profiler, and what saves it.
+"""What looks on while a run trains: progress, metrics, a guard, a profiler; `training.saving` has what saves it.
 
-Scalars are fetched when their step is surely over, so that no hook makes the devices wait; only
-what needs the newest state, such as a save, does. In a run of several processes the hooks that
-write for people (`Progress`, `Metrics`, `Profiler`) belong to the first, the others to all.
+Scalars are fetched when their step is surely over, so that no hook makes the devices wait. In a run of several
+processes the hooks that write for people (`Progress`, `Metrics`, `Profiler`) belong to the first, the guard to all.
 """
 
 import collections
-import contextlib
 import io
 import json
 import logging
 import math
-import signal
 import statistics
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -26,9 +22,8 @@ from jax.experimental import multihost_utils
 
 from ldm_jax.parallel.chips import peak_flops
 from ldm_jax.parallel.rules import leaf_name
-from ldm_jax.scaling.records import append_line
-from ldm_jax.training.checkpoints import Checkpoints
-from ldm_jax.training.loop import AHEAD, Hook, Preempted, Tick, TrainingError
+from ldm_jax.scaling.records import append_line, read_lines
+from ldm_jax.training.loop import AHEAD, Hook, Tick, TrainingError
 from ldm_jax.types import Batch, Images
 
 _log = logging.getLogger(__name__)
@@ -137,7 +132,8 @@ class Metrics(Hook):
         self._path.mkdir(parents=True, exist_ok=True)
         self._path /= "metrics.jsonl"
         kept = self._path.with_name(self._path.name + ".partial")  # a kill here loses no line
-        kept.write_text("".join(_lines_until(self._path, since)) if since else "")
+        lines = [line for line in read_lines(self._path) if line["examples"] <= since]
+        kept.write_text("".join(json.dumps(line) + "\n" for line in lines) if since else "")
         kept.replace(self._path)
         self._late = Late()
         self._sums: collections.Counter[str] = collections.Counter()
@@ -288,90 +284,6 @@ class Profiler(Hook):
             jax.profiler.stop_trace()
 
 
-class Preemption(Hook):
-    """Saves once more and ends the run when it is told to stop: by SIGTERM, which announces the end of a machine.
-
-    In a run of several processes any of them may be told, and JAX agrees with the others on the step after which all
-    save. `settle` are asked first, as those of `Save`, after which this hook comes.
-
-    Raises:
-      Preempted: the state is saved.
-      OSError: it could not be.
-    """
-
-    part = "checkpoints"
-
-    def __init__(
-        self, checkpoints: Checkpoints, status: int, settle: Sequence[Callable[[], None]] = ()
-    ) -> None:
-        self._checkpoints, self._status, self._settle = checkpoints, status, settle
-        self._told, self._before = threading.Event(), None
-        if jax.process_count() == 1:  # else JAX listens
-            self._before = signal.signal(signal.SIGTERM, lambda *_: self._told.set())
-
-    def __call__(self, tick: Tick) -> None:
-        if tick.last or not self._reached(tick.step):
-            return
-        _log.warning("Told to stop after %d examples: saving.", tick.examples)
-        for settle in self._settle:
-            settle()
-        with _told():
-            self._checkpoints.wait()
-        self._checkpoints.save(tick.state)
-        self._checkpoints.wait()
-        _log.warning("Saved after %d examples; the same command continues.", tick.examples)
-        raise Preempted(self._status)
-
-    def close(self) -> None:
-        if self._before is not None:
-            signal.signal(signal.SIGTERM, self._before)
-
-    def _reached(self, step: int) -> bool:
-        if jax.process_count() == 1:
-            return self._told.is_set()
-        return multihost_utils.reached_preemption_sync_point(step)
-
-
-class Save(Hook):
-    """Saves the state at the end of every period of examples, and waits for the last save.
-
-    `settle` are asked first, such as `guard.settle` and `metrics.settle`: no state is saved that
-    the guard would refuse, and no checkpoint is ahead of the metrics. Training goes on after a save
-    that failed, unless it was the last; this hook comes after those whose work must not be lost.
-    """
-
-    part = "checkpoints"
-
-    def __init__(
-        self, checkpoints: Checkpoints, period: int, settle: Sequence[Callable[[], None]] = ()
-    ) -> None:
-        self._checkpoints, self._period, self._settle = checkpoints, period, settle
-
-    def __call__(self, tick: Tick) -> None:
-        if not tick.ends(self._period):
-            return
-        for settle in self._settle:
-            settle()
-        with _told():
-            self._checkpoints.wait()
-        with contextlib.nullcontext() if tick.last else _told():
-            self._checkpoints.save(tick.state)
-        if tick.last:
-            self._checkpoints.wait()
-
-    def close(self) -> None:
-        with _told():
-            self._checkpoints.wait()
-
-
-@contextlib.contextmanager
-def _told() -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        _log.error("%s Training goes on without it.", error)
-
-
 def duration(seconds: float | int) -> str:
     """Seconds as people say them: `2 h 05 min`, `3 min 20 s`, `8 s`."""
     minutes, rest = divmod(round(seconds), 60)
@@ -393,15 +305,3 @@ def _save_batch(path: epath.Path, batch: Batch) -> None:
         archive = io.BytesIO()  # as files in buckets cannot seek
         np.savez(archive, **arrays)
         path.write_bytes(archive.getvalue())
-
-
-def _lines_until(path: epath.Path, examples: int) -> Iterator[str]:
-    """The lines of at most so many examples; a killed run may have left half a line at the end."""
-    try:  # not `exists`, which takes a bucket that does not answer for an absent file
-        lines = path.read_text().splitlines(keepends=True)
-    except FileNotFoundError:
-        lines = []
-    for line in lines:
-        with contextlib.suppress(ValueError):
-            if json.loads(line)["examples"] <= examples and line.endswith("\n"):
-                yield line

@@ -57,6 +57,9 @@ class Hook(Protocol):
 
     part: str = "hooks"  # what its time is charged to
 
+    def begin(self, state: State) -> None:
+        """Called once before the first step, with the state that training goes on from."""
+
     def __call__(self, tick: Tick) -> None: ...
 
     def close(self) -> None:
@@ -68,6 +71,9 @@ class Every(Hook):
 
     def __init__(self, period: int, hook: Hook) -> None:
         self.period, self.hook, self.part = period, hook, hook.part
+
+    def begin(self, state: State) -> None:
+        self.hook.begin(state)
 
     def __call__(self, tick: Tick) -> None:
         if tick.ends(self.period):
@@ -103,6 +109,9 @@ def fit(
             watch = closing.enter_context(contextlib.closing(Stopwatch("start")))
         for hook in reversed(hooks):
             closing.callback(hook.close)
+        for hook in hooks:
+            with watch(hook.part):
+                hook.begin(state)
         while examples < until:
             with watch("data"):
                 batch = next(source, None)

@@ -27,7 +27,7 @@ def test_every_second_is_charged_once_and_to_the_innermost_part(watch):
 def test_a_program_that_is_compiled_in_a_step_is_counted(watch):
     with watch("first step"):
         jax.jit(lambda x: x * 3)(jnp.ones(7))
-    assert watch.recompiled == 0
+    assert watch.programs["recompiled"] == 0
     with watch(STEPS):
         jax.jit(lambda x: x * 3)(jnp.ones(9))
-    assert watch.recompiled > 0
+    assert watch.programs["recompiled"] > 0

@@ -1,45 +1,18 @@
 import io
 import json
-import os
 import re
-import signal
-import time
 from collections import Counter
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import toy
+from toy import ticks
 
-from ldm_jax.training import Hook, Preempted, State, Tick, TrainingError, fit
-from ldm_jax.training.checkpoints import Checkpoints
-from ldm_jax.training.hooks import (
-    Guard,
-    Late,
-    Metrics,
-    Preemption,
-    Profiler,
-    Progress,
-    Save,
-    duration,
-)
+from ldm_jax.training import TrainingError, fit
+from ldm_jax.training.hooks import Guard, Late, Metrics, Profiler, Progress, duration
 from ldm_jax.training.loop import AHEAD
-
-
-def ticks(losses, size=8, before=0, last=True, **scalars):
-    """What hooks would be shown of steps with these losses."""
-    for i, loss in enumerate(losses):
-        here = before + i * size
-        yield Tick(
-            step=here // size + 1,
-            before=here,
-            examples=here + size,
-            last=last and i == len(losses) - 1,
-            state=State(jnp.int32(0), jnp.uint32(0), {"w": jnp.zeros((2, 3))}, {}, ()),
-            scalars={"loss": jnp.float32(loss)} | {k: jnp.float32(v) for k, v in scalars.items()},
-            batch=toy.batch(here, size),
-        )
+from ldm_jax.training.saving import Save
 
 
 def test_scalars_come_back_when_their_step_is_over_and_all_come_back_at_the_end():
@@ -300,73 +273,3 @@ def test_the_profiler_traces_the_steps_between_two_counts_and_stops_with_the_run
     assert steps_traced(0, 24, 8) == ([8, 16], ["there", "stop"])
     assert steps_traced(16, 1000, 8) == ([24, 32, 40, 48, 56], ["there", "stop"])
     assert steps_traced(1000, 2000, 8) == ([], [])
-
-
-class Failing(Checkpoints):
-    """Checkpoints on a disk that is or is not full."""
-
-    def __init__(self, full):
-        super().__init__("nowhere")
-        self.full, self.asked, self.waited = full, [], 0
-
-    def save(self, state):
-        self.asked.append(time.monotonic())
-        if self.full:
-            raise OSError("The disk is full.")
-
-    def wait(self):
-        self.waited += 1
-
-
-def test_training_goes_on_after_a_save_that_failed_and_says_so(caplog):
-    checkpoints = Failing(full=True)
-    for tick in ticks([1.0] * 5, last=False):
-        Save(checkpoints, 16)(tick)
-    assert len(checkpoints.asked) == 2
-    assert caplog.text.count("The disk is full. Training goes on without it.") == 2
-
-
-def test_a_run_does_not_end_well_when_its_last_save_fails():
-    checkpoints = Failing(full=True)
-    with pytest.raises(OSError, match="The disk is full"):
-        for tick in ticks([1.0] * 3):
-            Save(checkpoints, 10**6)(tick)
-    assert len(checkpoints.asked) == 1
-
-
-def test_the_last_save_is_waited_for():
-    checkpoints = Failing(full=False)
-    for tick in ticks([1.0] * 3):
-        Save(checkpoints, 10**6)(tick)
-    assert (len(checkpoints.asked), checkpoints.waited) == (1, 2)
-
-
-def test_told_to_stop_a_run_saves_and_says_with_which_status(tmp_path):
-    run = toy.Run(tmp_path)
-    settled = []
-
-    class Told(Hook):
-        """Another process sends SIGTERM in the fifth step."""
-
-        def __call__(self, tick):
-            if tick.step == 5:
-                os.kill(os.getpid(), signal.SIGTERM)
-
-        def close(self):
-            pass
-
-    before = signal.getsignal(signal.SIGTERM)
-    preemption = Preemption(run.checkpoints, 75, settle=[lambda: settled.append(True)])
-    with pytest.raises(Preempted) as stopped:
-        fit(run.step, run.state(), toy.batches(0), until=400, hooks=[Told(), preemption])
-    assert stopped.value.code == 75
-    assert run.checkpoints.latest() == 5 * 8
-    assert settled == [True]
-    assert signal.getsignal(signal.SIGTERM) is before
-
-
-def test_told_to_stop_after_the_last_step_a_run_ends_as_it_would(tmp_path):
-    run = toy.Run(tmp_path)
-    preemption = Preemption(run.checkpoints, 75)
-    os.kill(os.getpid(), signal.SIGTERM)
-    fit(run.step, run.state(), toy.batches(0), until=8, hooks=[preemption])

@@ -12,6 +12,8 @@ import numpy as np
 from ldm_jax.parallel import REPLICATED, MeshConfig, make_mesh, shardings
 from ldm_jax.training import (
     OptimizerConfig,
+    State,
+    Tick,
     abstract_state,
     fit,
     init_state,
@@ -20,7 +22,7 @@ from ldm_jax.training import (
     prefetch,
 )
 from ldm_jax.training.checkpoints import Checkpoints
-from ldm_jax.training.hooks import Save
+from ldm_jax.training.saving import Save
 from ldm_jax.types import Batch
 
 WIDTH = 8
@@ -100,6 +102,21 @@ class Run:
         source = prefetch(batches(int(state.examples), pause=self.pause), self.mesh)
         hooks = [Save(self.checkpoints, self.period)] if hooks is None else hooks
         return fit(self.step, state, source, until=until, hooks=hooks)
+
+
+def ticks(losses, size=8, before=0, last=True, **scalars):
+    """What hooks would be shown of steps with these losses."""
+    for i, loss in enumerate(losses):
+        here = before + i * size
+        yield Tick(
+            step=here // size + 1,
+            before=here,
+            examples=here + size,
+            last=last and i == len(losses) - 1,
+            state=State(jnp.int32(0), jnp.uint32(0), {"w": jnp.zeros((2, 3))}, {}, ()),
+            scalars={"loss": jnp.float32(loss)} | {k: jnp.float32(v) for k, v in scalars.items()},
+            batch=batch(here, size),
+        )
 
 
 def host(state):

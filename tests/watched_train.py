@@ -1,0 +1,65 @@
+"""`python -m ldm_jax.train`, and beside it a note of every record that a step has seen and of every validation.
+
+WORKDIR/seen/PROCESS.jsonl    {"examples": after the step, "rows": {row of the global batch: number of its record}}
+WORKDIR/validations           a line for each that begins; then it waits for WAIT seconds, an environment variable
+"""
+
+import os
+import time
+
+import jax
+
+from ldm_jax import train
+from ldm_jax.config import RunConfig
+from ldm_jax.flags import run_command
+from ldm_jax.parallel import distributed
+from ldm_jax.scaling.records import append_line
+from ldm_jax.training import Hook
+
+WAIT = float(os.environ.get("WAIT", "0"))
+run, fit, make_scoring = train.run, train.fit, train.make_scoring
+places = []
+
+
+class Seen(Hook):
+    """Notes the rows that this process's devices hold."""
+
+    def __init__(self, directory):
+        directory.mkdir(exist_ok=True)
+        self.path = directory / f"{jax.process_index()}.jsonl"
+
+    def __call__(self, tick):
+        rows = {}
+        for shard in tick.batch.index.addressable_shards:
+            first = shard.index[0].start or 0
+            rows |= {first + i: int(record) for i, record in enumerate(shard.data)}
+        append_line(self.path, {"examples": tick.examples, "rows": rows})
+
+    def close(self):
+        pass
+
+
+def watched_run(config, workdir, watch):
+    places.append(workdir)
+    run(config, workdir, watch)
+
+
+def watched_fit(*args, hooks, **options):
+    return fit(*args, hooks=[Seen(places[0] / "seen"), *hooks], **options)
+
+
+def watched_scoring(*args):
+    scoring = make_scoring(*args)
+
+    def validate(*given):
+        if distributed.is_first():
+            append_line(places[0] / "validations", {})
+        time.sleep(WAIT)
+        return scoring.validate(*given)
+
+    return scoring._replace(validate=validate)
+
+
+train.run, train.fit, train.make_scoring = watched_run, watched_fit, watched_scoring
+if __name__ == "__main__":
+    run_command(train.main, RunConfig, description=train.__doc__, add_flags=distributed.add_flags)
