@@ -40,6 +40,7 @@ from ldm_jax.scaling.records import RunRecord, append_line, append_record, read_
 from ldm_jax.training import Every, Hook, State, Stopwatch, Tick, fit, prefetch
 from ldm_jax.training.checkpoints import Checkpoints
 from ldm_jax.training.hooks import Guard, Metrics, Profiler, Progress, tensorboard
+from ldm_jax.training.loop import tolerated
 from ldm_jax.training.saving import Preemption, Save
 from ldm_jax.types import Estimate, Params
 
@@ -58,6 +59,8 @@ def run(config: RunConfig, workdir: epath.Path, watch: Stopwatch) -> None:
     if jax.config.jax_compilation_cache_dir is None:  # else it is the user's
         jax.config.update("jax_compilation_cache_dir", str(workdir / "compiled"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+        # With those the directory would be part of the keys, and nothing found after a move.
+        jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
     mesh = make_mesh(config.mesh)
     pretrained = load_pretrained(config, mesh)
     loader = build.make_loader(config, workdir, pretrained, mesh)
@@ -230,7 +233,8 @@ class Evaluate(Hook):
     def _told(
         self, examples: int, weights: str, evaluation: Evaluation, losses: dict[str, float]
     ) -> None:
-        self._journal.add(examples, weights, evaluation, losses)
+        with tolerated(f"The evaluation after {examples} examples"):
+            self._journal.add(examples, weights, evaluation, losses)
         scalars = {name: score.value for name, score in evaluation.scores.items()}
         scalars |= {f"validation_loss/{level}": loss for level, loss in losses.items()}
         self._metrics.write(examples, scalars)
@@ -257,6 +261,11 @@ def record(config: RunConfig, workdir: epath.Path, state: State, flops: float) -
         for before, row in zip(begun, steps, strict=False)
     )
     last = read_lines(workdir / "evaluations.jsonl")[-1]
+    if last["examples"] != int(state.examples):
+        raise OSError(
+            f"the last evaluation, after {state.examples} examples, could not be written to {workdir}; the same command"
+            " makes it again"
+        )
     return RunRecord(
         study="",
         config=json.loads(to_json(config)),

@@ -1,13 +1,15 @@
-"""`python -m ldm_jax.train`, and beside it a note of every record that a step has seen and of every validation.
+"""`python -m ldm_jax.train`, and beside it a note of every example that a step has seen and of every validation.
 
-WORKDIR/seen/PROCESS.jsonl    {"examples": after the step, "rows": {row of the global batch: number of its record}}
+WORKDIR/seen/PROCESS.jsonl    {"examples": after the step, "rows": {row of the batch: [number, digest of its latents]}}
 WORKDIR/validations           a line for each that begins; then it waits for WAIT seconds, an environment variable
 """
 
 import os
 import time
+import zlib
 
 import jax
+import numpy as np
 
 from ldm_jax import train
 from ldm_jax.config import RunConfig
@@ -30,9 +32,14 @@ class Seen(Hook):
 
     def __call__(self, tick):
         rows = {}
-        for shard in tick.batch.index.addressable_shards:
-            first = shard.index[0].start or 0
-            rows |= {first + i: int(record) for i, record in enumerate(shard.data)}
+        batch = tick.batch
+        shards = (x.addressable_shards for x in (batch.index, batch.latents))
+        for index, latents in zip(*shards, strict=True):
+            first = index.index[0].start or 0
+            rows |= {
+                first + i: [int(number), zlib.crc32(np.asarray(latents.data)[i].tobytes())]
+                for i, number in enumerate(np.asarray(index.data))
+            }
         append_line(self.path, {"examples": tick.examples, "rows": rows})
 
     def close(self):

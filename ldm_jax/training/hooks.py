@@ -23,7 +23,7 @@ from jax.experimental import multihost_utils
 from ldm_jax.parallel.chips import peak_flops
 from ldm_jax.parallel.rules import leaf_name
 from ldm_jax.scaling.records import append_line, read_lines
-from ldm_jax.training.loop import AHEAD, Hook, Tick, TrainingError
+from ldm_jax.training.loop import AHEAD, Hook, Tick, TrainingError, tolerated
 from ldm_jax.types import Batch, Images
 
 _log = logging.getLogger(__name__)
@@ -159,16 +159,20 @@ class Metrics(Hook):
 
     def write(self, examples: int, scalars: dict[str, float | int]) -> None:
         """Writes scalars of any other origin, such as scores."""
-        append_line(self._path, {"examples": examples, **scalars})
-        self._board.write_scalars(examples, scalars)
+        with tolerated(f"A line of metrics, after {examples} examples,"):
+            append_line(self._path, {"examples": examples, **scalars})
+            self._board.write_scalars(examples, scalars)
+            self._board.flush()
 
     def write_images(self, examples: int, images: dict[str, Images]) -> None:
         """Shows images in [-1, 1] on the board."""
         shown = {name: np.clip(np.asarray(x) * 0.5 + 0.5, 0.0, 1.0) for name, x in images.items()}
-        self._board.write_images(examples, shown)
+        with tolerated(f"Samples for TensorBoard, after {examples} examples,"):
+            self._board.write_images(examples, shown)
 
     def close(self) -> None:
-        self._board.close()
+        with tolerated("The end of TensorBoard's file"):
+            self._board.close()
 
     def _add(self, ticks: Sequence[Tick]) -> None:
         for tick in ticks:
@@ -181,7 +185,6 @@ class Metrics(Hook):
     def _end(self, tick: Tick) -> None:
         means = {name: total / self._steps for name, total in self._sums.items()}
         self.write(tick.examples, {"step": tick.step, **means, **self._speed(tick)})
-        self._board.flush()
         self._sums.clear()
         self._steps = 0
 

@@ -2,6 +2,7 @@
 
 import collections
 import contextlib
+import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple, Protocol, runtime_checkable
 
@@ -14,6 +15,8 @@ from ldm_jax.training.state import State
 from ldm_jax.training.step import Scalars
 from ldm_jax.types import Batch
 
+_log = logging.getLogger(__name__)
+
 # The host is at most this many steps before the devices: enough for them never to be idle.
 AHEAD = 2
 
@@ -24,6 +27,15 @@ class TrainingError(FloatingPointError):
 
 class Preempted(SystemExit):
     """A run that was stopped from outside, is saved, and is to be continued; ends the process with this status."""
+
+
+@contextlib.contextmanager
+def tolerated(what: str) -> Iterator[None]:
+    """Logs an error of writing something that a run can do without, such as a full disk, and lets the run go on."""
+    try:
+        yield
+    except Exception as error:  # buckets raise many kinds
+        _log.error("%s could not be written (%s). Training goes on without it.", what, error)
 
 
 class Tick(NamedTuple):
