@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -22,6 +23,7 @@ from ldm_jax.types import Batch, Cond
 
 _log = logging.getLogger(__name__)
 PAUSE = 30.0  # seconds between words on a compilation
+ANY, PRODUCT = 25.0, 0.52  # seconds of any on two cores, and more for each product of matrices or convolution
 
 
 class Program(NamedTuple):
@@ -120,20 +122,21 @@ def sampling(config: RunConfig, mesh: Mesh) -> Program:
 
 
 def compiled(program: Program) -> Compiled:
-    """Compiles, and says every now and then that it still does.
+    """Compiles, says beforehand about how long that takes, and every now and then that it still goes on.
 
     Raises:
       OutOfMemory: it does not fit the memory of a device.
       ValueError: as `parallel.cost.cost`.
     """
-    with _progress(program.name), jax.set_mesh(program.mesh):
+    with jax.set_mesh(program.mesh):
         lowered = program.function.__wrapped__.lower(*program.arguments.values())
-        try:
+    try:
+        with _progress(program.name, ANY + PRODUCT * _products(lowered.as_text())):
             done = lowered.compile()
-        except jax.errors.JaxRuntimeError as error:
-            if (found := OutOfMemory.read(error)) is None:
-                raise
-            raise found from error
+    except jax.errors.JaxRuntimeError as error:
+        if (found := OutOfMemory.read(error)) is None:
+            raise
+        raise found from error
     text = done.as_text()
     found = cost(text, done.memory_analysis(), list(program.mesh.devices.flat))
     return Compiled(program, text, found)
@@ -154,14 +157,14 @@ def held(program: Program) -> dict[str, int]:
 
 
 @contextlib.contextmanager
-def _progress(name: str) -> Iterator[None]:
+def _progress(name: str, expected: float) -> Iterator[None]:
     over, begun = threading.Event(), time.monotonic()
 
     def say() -> None:
         while not over.wait(PAUSE):
             _log.info("Still compiling %s, %.0f s so far.", name, time.monotonic() - begun)
 
-    _log.info("Compiling %s.", name)
+    _log.info("Compiling %s, which takes about %.0f s on two cores.", name, expected)
     thread = threading.Thread(target=say, daemon=True)
     thread.start()
     try:
@@ -170,6 +173,11 @@ def _progress(name: str) -> Iterator[None]:
         over.set()
         thread.join()
         _log.info("Compiled %s in %.0f s.", name, time.monotonic() - begun)
+
+
+def _products(text: str) -> int:
+    """Products of matrices and convolutions in a program that is not compiled yet, those of a loop's body once."""
+    return len(re.findall(r"stablehlo\.(?:dot_general|convolution)\b", text))
 
 
 def _length(pretrained: Pretrained) -> int:
