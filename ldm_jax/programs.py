@@ -23,7 +23,10 @@ from ldm_jax.types import Batch, Cond
 
 _log = logging.getLogger(__name__)
 PAUSE = 30.0  # seconds between words on a compilation
-ANY, PRODUCT = 25.0, 0.52  # seconds of any on two cores, and more for each product of matrices or convolution
+ANY, PRODUCT = (
+    25.0,
+    0.52,
+)  # seconds of any on two cores, and more for each product of matrices or convolution
 
 
 class Program(NamedTuple):

@@ -116,6 +116,41 @@ def step_collectives(data, fsdp, tensor):
     return rows, params, divided
 
 
+BORN = """
+import functools, sys
+import jax, optax
+from ldm_jax import programs
+from ldm_jax.config import RunConfig
+from ldm_jax.flags import parse
+from ldm_jax.models.axes import TABLE
+from ldm_jax.parallel import make_mesh, shardings
+from ldm_jax.parallel.aot import topology
+from ldm_jax.training.state import jit_init
+
+config = parse(sys.argv[1:], RunConfig, in_workdir=False).config
+mesh = make_mesh(config.mesh, topology("v5e:2x4"))
+network = programs.parts(config, mesh).network
+place = functools.partial(shardings, table=TABLE, rules=config.mesh.pairs, mesh=mesh)
+key = jax.eval_shape(lambda: jax.random.key(0))
+memory = jit_init(network.init, optax.adamw(1e-3), place).lower(key).compile().memory_analysis()
+print(memory.output_size_in_bytes, memory.temp_size_in_bytes)
+print(sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(network.init, key))))
+"""
+
+
+@pytest.mark.slow
+def test_a_network_is_born_in_parts():
+    """Parameters, their average and two moments of each, of which a device never has more than its part."""
+    pytest.importorskip("libtpu")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_ENABLE_COMPILATION_CACHE": "false"}
+    command = [sys.executable, "-c", BORN, *SMALL, "--config.mesh.fsdp=8"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-3000:]
+    made, between, params = map(int, done.stdout.split())
+    assert 4 * 4 * params / 8 <= made < 1.02 * 4 * 4 * params / 8
+    assert between < 0.01 * made
+
+
 RINGS = ("all-gather", "reduce-scatter", "collective-permute")
 
 

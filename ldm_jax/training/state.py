@@ -66,8 +66,15 @@ def init_state(
 
     The arguments are those of `abstract_state`.
     """
+    return jit_init(init, tx, place, ema=ema)(key)
+
+
+def jit_init(
+    init: Init, tx: optax.GradientTransformation, place: Place | None = None, *, ema: bool = True
+) -> Callable[[jax.Array], State]:
+    """The program of `init_state`, from its key."""
     placed = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(init, tx, place, ema=ema))
-    return jax.jit(functools.partial(_create, init, tx, ema), out_shardings=placed)(key)
+    return jax.jit(functools.partial(_create, init, tx, ema), out_shardings=placed)
 
 
 def _create(init: Init, tx: optax.GradientTransformation, ema: bool, key: jax.Array) -> State:
