@@ -36,8 +36,8 @@ from ldm_jax.parallel.cost import OutOfMemory
 HEADER = ("backbone", "source", "M params", "printed", "", "forward", "", "printed", "", "")
 ROW = "{:<22} {:<11} {:>9} {:>8} {:>7} {:>9} {:<6} {:>8} {:>7}  {}"
 PROGRAMS = {"training": programs.training, "sampling": programs.sampling}
-TRIED = 6  # layouts that `--search` compiles at most, to find the best
-FOUND = 3  # of them that fit
+FOUND = 3  # layouts that `--search` compiles, if they fit
+TRIED = 2  # times as many it compiles at most
 SHOWN = 12  # modules in a profile
 GIB = 2**30
 
@@ -53,8 +53,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--price", type=float, metavar="AMOUNT", help=text)
     text = "only one of the two"
     parser.add_argument("--program", choices=tuple(PROGRAMS), help=text)
-    text = "look for the fastest layout of the training step that fits"
-    parser.add_argument("--search", action="store_true", help=text)
+    text = f"look for the fastest layout of the training step that fits, among the best N (default {FOUND}) that do"
+    parser.add_argument("--search", type=int, nargs="?", const=FOUND, metavar="N", help=text)
     text = "where the time goes, by module and by kind of operation"
     parser.add_argument("--profile", action="store_true", help=text)
 
@@ -68,8 +68,9 @@ def main(flags: argparse.Namespace) -> None:
         raise UsageError(
             "a plan takes --config=FILE and --topology=KIND:AxB; --table prints the backbones and their costs"
         )
-    if flags.slices < 1:
-        raise UsageError(f"--slices is {flags.slices}; it is at least 1")
+    for name in ("slices", "search"):
+        if (number := getattr(flags, name)) is not None and number < 1:
+            raise UsageError(f"--{name} is {number}; it is at least 1")
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_enable_compilation_cache", False)  # it cannot hold programs for TPUs
     devices = topology(flags.topology, flags.slices)
@@ -189,7 +190,7 @@ def search(flags: argparse.Namespace, devices: Sequence[Any]) -> Iterator[str]:
     fitting = [estimate for estimate in found if estimate.memory <= room]
     yield f"{len(found)} layouts of {flags.topology}, of which {len(fitting)} fit by arithmetic"
     best: list[tuple[float, layouts.Layout]] = []
-    for estimate in (fitting or found)[:TRIED]:
+    for estimate in (fitting or found)[: TRIED * flags.search]:
         run = estimate.layout.applied(config)
         guess = f"arithmetic: {estimate.seconds * 1e3:.0f} ms, {estimate.memory / GIB:.1f} GiB"
         try:
@@ -200,7 +201,7 @@ def search(flags: argparse.Namespace, devices: Sequence[Any]) -> Iterator[str]:
         used = (room - done.cost.memory.left) / GIB
         yield f"{estimate.layout}: {done.cost.seconds * 1e3:.1f} ms, {used:.1f} GiB ({guess})"
         best.append((done.cost.seconds, estimate.layout))
-        if len(best) == FOUND:
+        if len(best) == flags.search:
             break
     if best:
         yield f"fastest: {_flags(config, min(best)[1])}"

@@ -41,6 +41,7 @@ def test_the_table_has_every_backbone_beside_what_is_printed_of_it(capsys):
         ((), r"takes --config=FILE and --topology=KIND:AxB; --table prints"),
         (("--topology=v5e:2x4",), "takes --config=FILE"),
         ((*SMALL, "--topology=v5e:2x4", "--slices=0"), "--slices is 0"),
+        ((*SMALL, "--topology=v5e:2x4", "--search=0"), "--search is 0"),
     ],
 )
 def test_what_is_missing_is_said(words, sentence):

@@ -49,7 +49,7 @@ class Memory(NamedTuple):
 
     arguments: int
     outputs: int  # without those that take the place of arguments
-    temporaries: int
+    temporaries: int  # as many as there are at one time
     code: int
     left: int  # of what programs may use
 
@@ -101,6 +101,7 @@ def cost(text: str, memory: Any, devices: Sequence[Device]) -> Cost:
     """The cost of a program: `compiled.as_text()`, `compiled.memory_analysis()`, and the devices of its mesh in order.
 
     Raises:
+      OutOfMemory: the program and its code have not room together, though the compiler found room for the program.
       ValueError: as `collectives`, there is a kernel of unknown cost, or a number is negative or not finite.
     """
     sent = collectives(text, devices)
@@ -244,13 +245,13 @@ def _sums(pairs: Any) -> dict[str, float]:
 
 
 def _memory(memory: Any, hbm: float) -> Memory:
-    outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
-    sizes = (
-        memory.argument_size_in_bytes,
-        outputs,
-        memory.temp_size_in_bytes,
-        memory.generated_code_size_in_bytes,
-    )
+    given, outputs = memory.argument_size_in_bytes, memory.output_size_in_bytes
+    outputs -= memory.alias_size_in_bytes
+    # At the peak: the compiler's size of temporaries counts fast memory and what is never there at the same time.
+    temporaries = memory.peak_memory_in_bytes - given - outputs
+    sizes = (given, outputs, temporaries, memory.generated_code_size_in_bytes)
+    if min(sizes) >= 0 and sum(sizes) > hbm:
+        raise OutOfMemory(sum(sizes), int(hbm))
     return Memory(*sizes, int(hbm) - sum(sizes))
 
 

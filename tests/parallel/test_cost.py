@@ -23,11 +23,13 @@ DEVICES = [
 
 
 def stats(arguments=4000, outputs=3000, alias=2000, temporaries=500, code=10):
+    """As the compiler counts: its `temp_size_in_bytes` has fast memory, too, and is no part of the peak."""
     return SimpleNamespace(
         argument_size_in_bytes=arguments,
         output_size_in_bytes=outputs,
         alias_size_in_bytes=alias,
-        temp_size_in_bytes=temporaries,
+        temp_size_in_bytes=2 * temporaries,
+        peak_memory_in_bytes=arguments + outputs - alias + temporaries,
         generated_code_size_in_bytes=code,
     )
 
@@ -96,7 +98,12 @@ def test_memory_is_what_lies_there_during_a_run():
     assert sum(memory) == int(V5E.hbm)
 
 
-@pytest.mark.parametrize("wrong", [{"arguments": 2**40}, {"alias": 9000}, {"temporaries": -1}])
+def test_a_program_whose_code_has_no_room_beside_it_does_not_fit():
+    with pytest.raises(OutOfMemory, match=r"needs 15.8\d GiB a device, which has 15.75"):
+        cost(PROGRAM, stats(temporaries=int(V5E.hbm) - 5000, code=2**27), DEVICES)
+
+
+@pytest.mark.parametrize("wrong", [{"alias": 9000}, {"temporaries": -1}])
 def test_a_cost_that_cannot_be_is_an_error(wrong):
     with pytest.raises(ValueError, match="the program's cost cannot be"):
         cost(PROGRAM, stats(**wrong), DEVICES)
