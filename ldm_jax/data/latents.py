@@ -16,6 +16,7 @@ from flax import serialization
 from jaxtyping import Float16
 
 from ldm_jax.data.durable import write_atomically
+from ldm_jax.scaling.records import in_bucket
 
 VERSION = 1
 MANIFEST = "manifest.json"
@@ -114,7 +115,7 @@ class Manifest:
         Raises:
           ValueError: if there is no finished directory of latents, or a shard is missing or cut short.
         """
-        if "://" in str(directory):
+        if in_bucket(directory):
             raise ValueError(
                 f"{directory} is no path: ArrayRecord reads file systems only, so mount the bucket (gcsfuse) or copy it"
             )

@@ -41,6 +41,7 @@ _MOVES = {
     *("pad", "concatenate", "broadcast", "reverse", "convert", "parameter", "constant", "tuple"),
     *("get-tuple-element", "fusion", "iota", "copy-start", "slice-start"),
 }
+_NOWHERE = "(no scope)"
 _CONTROL = {"while", "body", "cond", "closed_call", "checkpoint", "rematted_computation", ""}
 
 
@@ -229,7 +230,7 @@ def _source(lines: Sequence[Line]) -> Line:
 def _named_scopes(scope: str) -> tuple[str, ...]:
     """jit(step)/transpose(jvp(UNet))/down_0/while/body/attention/dot_general: UNet, down_0, attention."""
     names = re.sub(r"p?jit\([^()]*\)|\w+\(|\)", "", scope).split("/")[:-1]
-    return tuple(name for name in names if name not in _CONTROL) or ("(no scope)",)
+    return tuple(name for name in names if name not in _CONTROL) or (_NOWHERE,)
 
 
 def _sums(pairs: Any) -> dict[str, float]:
@@ -331,7 +332,7 @@ def _unscattered(sent: Sequence[Collective]) -> Iterator[tuple[str, float]]:
         if each.sliced:
             text = f"{each.sliced / 2**20:.1f} MiB are summed on every device of {each.group}"
             time = each.times * each.exposed * each.sliced / each.bytes
-            yield f"{text} and then sliced, in {each.scope}", time
+            yield f"{text} and then sliced, in {each.scope or _NOWHERE}", time
 
 
 def _gathered(sent: Sequence[Collective], arguments: Any) -> Iterator[tuple[str, float]]:
@@ -346,7 +347,7 @@ def _gathered(sent: Sequence[Collective], arguments: Any) -> Iterator[tuple[str,
         # Between slices parts are gathered, which have other sizes.
         if each.kind == "all-gather" and each.slices == 1 and not known.issuperset(each.elements):
             text = f"{each.bytes / 2**20:.1f} MiB that are no argument are gathered on every device"
-            yield f"{text} of {each.group}, in {each.scope}", each.times * each.exposed
+            yield f"{text} of {each.group}, in {each.scope or _NOWHERE}", each.times * each.exposed
 
 
 def _whole(arguments: Any) -> Iterator[str]:

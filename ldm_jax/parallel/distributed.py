@@ -99,7 +99,7 @@ def _initialize(place: Place | None, flags: argparse.Namespace) -> None:
         return
     try:
         jax.distributed.initialize(**timeouts)
-    except (ValueError, RuntimeError) as error:
+    except ValueError as error:
         raise ValueError(
             f"--distributed finds no TPU slice and no job that this process is part of ({error}); give"
             f" {', '.join(_FLAGS)}"

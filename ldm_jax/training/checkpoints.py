@@ -26,6 +26,7 @@ from jaxtyping import Array, UInt32
 from orbax.checkpoint import v1 as ocp
 
 from ldm_jax.parallel.rules import leaf_name
+from ldm_jax.scaling.records import in_bucket
 from ldm_jax.training.loop import TrainingError
 from ldm_jax.training.state import State
 
@@ -57,7 +58,7 @@ class Checkpoints:
         if keep < 1:
             raise ValueError(f"keep is the number of checkpoints kept and at least 1, got {keep}.")
         path = os.fspath(directory)  # Orbax wants it absolute; a bucket's is
-        self.directory = epath.Path(path if "://" in path else os.path.abspath(path))
+        self.directory = epath.Path(path if in_bucket(path) else os.path.abspath(path))
         self.keep = keep
         self._pending: tuple[int, ocp.AsyncResponse] | None = None
         self._damaged: set[int] = set()
