@@ -395,10 +395,11 @@ def test_a_run_outlives_its_watcher_and_a_second_call_attaches(cloud):
         *TRAIN,
     ]
     environment = {**os.environ, **cloud.environment()}
-    with subprocess.Popen(words, env=environment, stderr=subprocess.PIPE, text=True) as watcher:
-        while not (cloud.directory / "starts").exists():
+    options = {"env": environment, "stderr": subprocess.PIPE, "text": True}
+    heard = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731  also of a test in the background
+    with subprocess.Popen(words, preexec_fn=heard, **options) as watcher:
+        while not (cloud.directory / "logs" / "slice-0-worker-0.log").exists():
             time.sleep(0.02)
-        time.sleep(0.5)  # until it streams
         watcher.send_signal(signal.SIGINT)
         assert watcher.wait() == 130
         assert "the run goes on without this machine" in watcher.stderr.read()
