@@ -100,7 +100,8 @@ def tell_time(watch: Stopwatch, workdir: epath.Path, begun: int) -> None:
         logging.warning("The step was compiled %d times more after its first.", again)
     seconds = {part: round(value, 3) for part, value in watch.seconds.items()}
     line = {"from": begun, **watch.programs, "seconds": seconds}
-    append_line(workdir / "goodput.jsonl", line)
+    with tolerated("Where the time went"):  # nor may this hide why a run ends
+        append_line(workdir / "goodput.jsonl", line)
 
 
 def begin(training: build.Training, checkpoints: Checkpoints) -> State:

@@ -35,7 +35,7 @@ def tolerated(what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # buckets raise many kinds
-        _log.error("%s could not be written (%s). Training goes on without it.", what, error)
+        _log.error("%s could not be written (%s). The run goes on without it.", what, error)
 
 
 class Tick(NamedTuple):
