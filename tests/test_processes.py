@@ -57,13 +57,17 @@ class Job:
             "WAIT": str(wait),
         }
         self.logs = [workdir / f"log{i}" for i in range(processes)]
-        self.processes = []
+        self.processes, self.writers = [], []
         for i in range(processes - missing):
             command = [sys.executable, WATCHED, f"--workdir={workdir}", *words]
             if processes > 1:
                 command += [f"--coordinator={address}", f"--num-processes={processes}"]
                 command += [f"--process-id={i}", f"--heartbeat-timeout={HEARTBEAT}"]
+            # By a process of its own, which has room for what a process without any has to say.
             with self.logs[i].open("a") as log:
+                writer = subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=log)
+            self.writers.append(writer)
+            with writer.stdin as log:
                 self.processes.append(
                     subprocess.Popen(command, env=environment, stdout=log, stderr=log)
                 )
@@ -75,12 +79,15 @@ class Job:
         for process in self.processes:
             process.kill()
             process.wait()
+        for writer in self.writers:
+            writer.wait()
 
     def wait(self, seconds=240):
         """The exit statuses; none may take longer than so many seconds."""
         end = time.monotonic() + seconds
         try:
-            return [process.wait(end - time.monotonic()) for process in self.processes]
+            everyone = [*self.processes, *self.writers]
+            return [each.wait(end - time.monotonic()) for each in everyone][: len(self.processes)]
         except subprocess.TimeoutExpired:
             raise AssertionError(f"it hangs:\n{self.said()}") from None
 
@@ -108,14 +115,15 @@ def mesh(data, fsdp=1, tensor=1):
 
 
 def order(workdir):
-    """Of every step the examples of its batch in their order; a step that was done twice has seen the same."""
+    """Of every step [number, digest] of its batch's examples; a step that was done twice has seen the same."""
     steps = {}
     for path in (workdir / "seen").iterdir():
         for line in read_lines(path):
-            rows = steps.setdefault(line["examples"], {})
-            for row, example in line["rows"].items():
-                assert rows.setdefault(int(row), example) == example
-    return {examples: sorted(steps[examples].values()) for examples in sorted(steps)}
+            digests = steps.setdefault(line["examples"], {})
+            for number, digest in line["rows"].values():
+                assert digests.setdefault(number, digest) == digest
+    assert {len(digests) for digests in steps.values()} == {BATCH}
+    return {examples: sorted(digests.items()) for examples, digests in sorted(steps.items())}
 
 
 def losses(workdir):
@@ -226,12 +234,12 @@ def test_a_run_compiles_once(fresh, tmp_path_factory, monkeypatch):
 
 
 def test_a_full_disk_costs_checkpoints_and_not_the_run(fresh, calm):
-    """No process may write a file of more than a few kilobytes, for a while."""
-    with Job(fresh, 2, 2, *mesh(2, 2)) as job:
-        job.until(lambda: Checkpoints(fresh / "checkpoints").latest() == 2 * BATCH)
+    """From the second evaluation to the third no process may write a file of more than some kilobytes."""
+    with Job(fresh, 2, 2, *mesh(2, 2), wait=2) as job:
+        job.until(lambda: len(read_lines(fresh / "validations")) == 2)
         full(job, True)
-        job.until(lambda: "Training goes on without it" in job.said())
-        assert Checkpoints(fresh / "checkpoints").latest() == 2 * BATCH  # still there
+        job.until(lambda: len(read_lines(fresh / "validations")) == 3)
+        assert Checkpoints(fresh / "checkpoints").latest() == EXAMPLES // 2 - BATCH  # still there
         full(job, False)
         assert job.wait() == [0, 0], job.said()
     assert all("Training goes on without it" in log.read_text() for log in job.logs)
