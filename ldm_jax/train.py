@@ -261,8 +261,8 @@ def record(config: RunConfig, workdir: epath.Path, state: State, flops: float) -
         (row["examples"] - before) / row["examples_per_second"]
         for before, row in zip(begun, steps, strict=False)
     )
-    last = read_lines(workdir / "evaluations.jsonl")[-1]
-    if last["examples"] != int(state.examples):
+    (last,) = read_lines(workdir / "evaluations.jsonl")[-1:] or [None]
+    if last is None or last["examples"] != int(state.examples):
         raise OSError(
             f"the last evaluation, after {state.examples} examples, could not be written to {workdir}; the same command"
             " makes it again"
