@@ -103,6 +103,13 @@ def run(script, *words, **environment):
     )
 
 
+def await_that(condition, pause=0.02, seconds=60):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, f"not within {seconds} s"
+        time.sleep(pause)
+
+
 def dry(script, *words):
     """The commands that a dry run prints, as the words that a shell reads."""
     done = run(script, "--dry-run", *words, PATH=os.defpath)
@@ -133,6 +140,7 @@ class Cloud:
     def __init__(self, directory: Path):
         self.directory = directory
         self.bin = directory / "bin"
+        self.watchers = []
         for name in ("bin", "bucket"):
             (directory / name).mkdir()
         for name, text in (("gcloud", GCLOUD), ("python3.13", PYTHON)):
@@ -162,6 +170,18 @@ class Cloud:
     def start(self, *words, logs="logs"):
         return self.run("run", POLL, f"--logs={self.directory / logs}", "--", *TRAIN, *words)
 
+    def watch(self):
+        """A `run.sh` that goes on beside the test, and the file of what it tells."""
+        logs, told = f"--logs={self.directory / 'logs'}", self.directory / "told"
+        words = ["bash", TPU / "run.sh", *SLICE, POLL, logs, "--", *TRAIN]
+        environment = {**os.environ, **self.environment()}
+        # The shell that runs the tests in its background has them ignore Ctrl-C.
+        heard = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731
+        with told.open("w") as out:
+            options = {"stdout": out, "stderr": out, "preexec_fn": heard}
+            self.watchers.append(subprocess.Popen(words, env=environment, **options))
+        return self.watchers[-1], told
+
     def babysit(self, *words):
         flags = ("--accelerator=v5p-16", "--spot", POLL, f"--source={self.source}")
         logs = f"--logs={self.directory / 'logs'}"
@@ -175,6 +195,9 @@ class Cloud:
         return (self.directory / "calls").read_text()
 
     def end(self):
+        for watcher in self.watchers:
+            watcher.kill()
+            watcher.wait()
         for pid in self.directory.glob("vm/*/*/runs/*/pid"):
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(int(pid.read_text()), signal.SIGKILL)
@@ -385,24 +408,12 @@ def test_a_run_outlives_its_watcher_and_a_second_call_attaches(cloud):
     cloud.train(
         'echo started >>"$SIM/starts"; until [[ -f $SIM/go ]]; do sleep 0.05; done; echo end'
     )
-    words = [
-        "bash",
-        TPU / "run.sh",
-        *SLICE,
-        POLL,
-        f"--logs={cloud.directory / 'logs'}",
-        "--",
-        *TRAIN,
-    ]
-    environment = {**os.environ, **cloud.environment()}
-    options = {"env": environment, "stderr": subprocess.PIPE, "text": True}
-    heard = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731  also of a test in the background
-    with subprocess.Popen(words, preexec_fn=heard, **options) as watcher:
-        while not (cloud.directory / "logs" / "slice-0-worker-0.log").exists():
-            time.sleep(0.02)
-        watcher.send_signal(signal.SIGINT)
-        assert watcher.wait() == 130
-        assert "the run goes on without this machine" in watcher.stderr.read()
+    watcher, told = cloud.watch()
+    await_that((cloud.directory / "logs" / "slice-0-worker-0.log").exists)
+    # Again until it is heard, as bash can lose the one that comes while $(...) ends.
+    await_that(lambda: watcher.send_signal(signal.SIGINT) or watcher.poll() is not None, 0.5)
+    assert watcher.returncode == 130
+    assert told.read_text().count("the run goes on without this machine") == 1
     (cloud.directory / "go").touch()
     done = cloud.start()
     assert done.returncode == 0 and done.stdout.endswith("end\n")
@@ -415,13 +426,11 @@ def test_a_run_is_stopped_by_sigterm_and_its_status_told(cloud):
     cloud.train(
         "trap 'echo saved; exit 75' TERM; touch $SIM/up-$HOSTNAME; while :; do sleep 0.05; done"
     )
+    watcher, _ = cloud.watch()
+    await_that(lambda: len(list(cloud.directory.glob("up-*"))) == 2)
+    watcher.terminate()
+    watcher.wait(60)
     logs = f"--logs={cloud.directory / 'logs'}"
-    words = ["bash", TPU / "run.sh", *SLICE, POLL, logs, "--", *TRAIN]
-    silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    with subprocess.Popen(words, env={**os.environ, **cloud.environment()}, **silent) as watcher:
-        while len(list(cloud.directory.glob("up-*"))) < 2:
-            time.sleep(0.02)
-        watcher.terminate()
     done = cloud.run("run", "--stop", POLL, logs)
     assert done.returncode == 75 and "saved" in done.stdout
     again = cloud.run("run", "--stop", POLL, logs)

@@ -89,7 +89,7 @@ stream() {
 
 start_stream() {
   trap stop_stream EXIT
-  trap 'say "the run goes on without this machine; the same command attaches to it, with --stop it ends"; exit 130' INT
+  trap 'trap "" INT; say "the run goes on without this machine; the same command attaches to it, with --stop it ends"; exit 130' INT
   touch "$logs/slice-0-worker-0.log"
   stream &
   streamer=$!
