@@ -173,14 +173,15 @@ class Cloud:
     def watch(self):
         """A `run.sh` that goes on beside the test, and the file of what it tells."""
         logs, told = f"--logs={self.directory / 'logs'}", self.directory / "told"
-        words = ["bash", TPU / "run.sh", *SLICE, POLL, logs, "--", *TRAIN]
+        # A shell that runs the tests in its background has them ignore Ctrl-C.
+        words = ["env", "--default-signal=INT", "bash", TPU / "run.sh", *SLICE, POLL, logs]
         environment = {**os.environ, **self.environment()}
-        # The shell that runs the tests in its background has them ignore Ctrl-C.
-        heard = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731
         with told.open("w") as out:
-            options = {"stdout": out, "stderr": out, "preexec_fn": heard}
-            self.watchers.append(subprocess.Popen(words, env=environment, **options))
-        return self.watchers[-1], told
+            watcher = subprocess.Popen(
+                [*words, "--", *TRAIN], env=environment, stdout=out, stderr=out
+            )
+        self.watchers.append(watcher)
+        return watcher, told
 
     def babysit(self, *words):
         flags = ("--accelerator=v5p-16", "--spot", POLL, f"--source={self.source}")
