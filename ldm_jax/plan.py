@@ -35,7 +35,13 @@ from ldm_jax.parallel.cost import OutOfMemory
 
 HEADER = ("backbone", "source", "M params", "printed", "", "forward", "", "printed", "", "")
 ROW = "{:<22} {:<11} {:>9} {:>8} {:>7} {:>9} {:<6} {:>8} {:>7}  {}"
-PROGRAMS = {"training": programs.training, "sampling": programs.sampling}
+PROGRAMS = {
+    "training": programs.training,
+    "sampling": programs.sampling,
+    "encoding": programs.encoding,
+}
+PLANNED = ("training", "sampling")
+IMAGES = {"sampling": "sampling.batch", "encoding": "data.encode_batch"}
 FOUND = 3  # layouts that `--search` compiles, if they fit
 TRIED = 2  # times as many it compiles at most
 SHOWN = 12  # modules in a profile
@@ -51,7 +57,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--slices", type=int, default=1, metavar="N", help=text)
     text = "of a chip for an hour, in whatever currency"
     parser.add_argument("--price", type=float, metavar="AMOUNT", help=text)
-    text = "only one of the two"
+    text = "one alone: training or sampling, or encoding, which makes the latents"
     parser.add_argument("--program", choices=tuple(PROGRAMS), help=text)
     text = f"look for the fastest layout of the training step that fits, among the best N (default {FOUND}) that do"
     parser.add_argument("--search", type=int, nargs="?", const=FOUND, metavar="N", help=text)
@@ -83,22 +89,21 @@ def plan(flags: argparse.Namespace, devices: Sequence[Any]) -> Iterator[str]:
     config: RunConfig = flags.config
     mesh = make_mesh(config.mesh, devices)
     yield from heading(config, flags, mesh)
-    for name, make in PROGRAMS.items():
-        if flags.program in (None, name):
-            program = make(config, mesh)
-            yield ""
-            try:
-                found = programs.compiled(program)
-            except OutOfMemory as error:
-                yield from refusal(error, program, flags, devices)
-                continue
-            yield from memory(found)
-            yield from times(found)
-            if name == "training":
-                yield from whole_run(config, found, flags.price)
-            yield from (f"  warning: {warning}" for warning in found.warnings)
-            if flags.profile:
-                yield from profile(found)
+    for name in (flags.program,) if flags.program else PLANNED:
+        program = PROGRAMS[name](config, mesh)
+        yield ""
+        try:
+            found = programs.compiled(program)
+        except OutOfMemory as error:
+            yield from refusal(error, program, flags, devices)
+            continue
+        yield from memory(found)
+        yield from times(found)
+        if name == "training":
+            yield from whole_run(config, found, flags.price)
+        yield from (f"  warning: {warning}" for warning in found.warnings)
+        if flags.profile:
+            yield from profile(found)
 
 
 def heading(config: RunConfig, flags: argparse.Namespace, mesh: jax.sharding.Mesh) -> Iterator[str]:
@@ -172,7 +177,7 @@ def refusal(
     given = ", ".join(f"{k} {v / GIB:.2f}" for k, v in programs.held(program).items())
     yield f"{program.name}: does not fit: {error} (of it, in GiB: {given})"
     if program.name != "training":
-        yield "  fewer images at a time (sampling.batch), or a larger mesh.fsdp, take less"
+        yield f"  fewer images at a time ({IMAGES[program.name]}), or a larger mesh.fsdp, take less"
         return
     room = chip(devices[0].device_kind).hbm
     fitting = [x for x in layouts.estimates(flags.config, devices) if x.memory <= room]

@@ -1,4 +1,4 @@
-"""The programs of a run as shapes: training's step and sampling, lowered and compiled for devices that are not here."""
+"""The programs of a run as shapes, lowered and compiled for devices that are not here."""
 
 import contextlib
 import logging
@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from ldm_jax import build
 from ldm_jax.config import RunConfig
-from ldm_jax.models.flops import count
+from ldm_jax.models.flops import count, traced_flops
 from ldm_jax.nn.functional import Functional
 from ldm_jax.parallel import batch_sharding, device_bytes, jit, replicated
 from ldm_jax.parallel.cost import Cost, OutOfMemory, Profile, cost, profile, wasteful
@@ -23,10 +23,8 @@ from ldm_jax.types import Batch, Cond
 
 _log = logging.getLogger(__name__)
 PAUSE = 30.0  # seconds between words on a compilation
-ANY, PRODUCT = (
-    25.0,
-    0.52,
-)  # seconds of any on two cores, and more for each product of matrices or convolution
+# Seconds of any compilation on two cores, and more for each product of matrices or convolution.
+ANY, PRODUCT = 25.0, 0.52
 
 
 class Program(NamedTuple):
@@ -122,6 +120,23 @@ def sampling(config: RunConfig, mesh: Mesh) -> Program:
     flops = 2 * forward * config.sampling.steps * rows  # with and without the prompt
     jitted = jit(generate, mesh, out_shardings=whole)
     return Program("sampling", jitted, arguments, mesh, flops, rows)
+
+
+def encoding(config: RunConfig, mesh: Mesh) -> Program:
+    """What makes latents in `encode`, of `data.encode_batch` images."""
+    pretrained, _ = abstract_pretrained(config, mesh)
+    rows, size = config.data.encode_batch, config.data.size
+
+    def images(rows: int) -> jax.ShapeDtypeStruct:
+        shape = (rows, size, size, pretrained.autoencoder.config.in_channels)
+        return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=batch_sharding(mesh))
+
+    arguments = {
+        "frozen": {"autoencoder": pretrained.autoencoder.params},
+        "images": images(rows),
+    }
+    flops = traced_flops(pretrained.encode_images, arguments["frozen"], images(1)) * rows
+    return Program("encoding", jit(pretrained.encode_images, mesh), arguments, mesh, flops, rows)
 
 
 def compiled(program: Program) -> Compiled:

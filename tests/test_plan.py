@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from ldm_jax import plan
+from ldm_jax import plan, programs
 from ldm_jax.config import RunConfig
 from ldm_jax.flags import UsageError, parse
 from ldm_jax.models.sizes import SIZES
+from ldm_jax.parallel import make_mesh
 
 ROOT = Path(__file__).parent.parent
 SMALL = (
@@ -84,6 +85,16 @@ def test_a_plan_adds_up():
     # Two blocks' worth of parameters, gathered for each pass, in bfloat16: no more is gathered than that.
     assert "all-gather among 4" in text
     assert "reduce-scatter among 4" in text
+
+
+def test_encoding_is_planned_by_its_own_batch():
+    """Operations are those that torch's FlopCounterMode finds in diffusers' AutoencoderKL, and attention's."""
+    words = (*SMALL, "--config.data.size=64", "--config.data.encode_batch=16")
+    config = parse(words, RunConfig, in_workdir=False).config
+    program = programs.encoding(config, make_mesh(config.mesh))
+    attention = 2 * 2 * 64 * 64 * 512
+    assert program.flops == 16 * (16_910_917_632 + attention)
+    assert program.arguments["images"].shape == (16, 64, 64, 3) and program.images == 16
 
 
 COLLECTIVES = """
