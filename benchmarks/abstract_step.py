@@ -6,8 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from ldm_jax.diffusion import ScaledLinear, eps, make_loss
-from ldm_jax.models.networks import MODULES
-from ldm_jax.nn.functional import functional
+from ldm_jax.models.networks import make_network
 from ldm_jax.training import OptimizerConfig, abstract_state, make_optimizer, make_step
 from ldm_jax.types import Batch, Cond
 
@@ -17,7 +16,7 @@ def abstract_step(config, rows, side=None, *, ema=0, place=None):
 
     `ema` is the half-life of the average in examples, `place` a sharding for all arrays.
     """
-    network = functional(lambda rngs: MODULES[type(config)](config, rngs))
+    network = make_network(config)
     prepare = functools.partial(network.apply, method="prepare")
     loss = make_loss(network.apply, prepare, schedule=ScaledLinear(), prediction=eps)
     tx = make_optimizer(OptimizerConfig(), batch_size=rows, examples=10**9)

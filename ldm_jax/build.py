@@ -24,8 +24,8 @@ from ldm_jax.evals.prompts import Prompts, read_prompts
 from ldm_jax.metrics.clip_score import CLIPScore
 from ldm_jax.models import weights
 from ldm_jax.models.axes import TABLE
-from ldm_jax.models.networks import MODULES
-from ldm_jax.nn.functional import Functional, functional
+from ldm_jax.models.networks import make_network
+from ldm_jax.nn.functional import Functional
 from ldm_jax.parallel import batch_share, jit, put_same, replicated, shardings
 from ldm_jax.pretrained import Pretrained
 from ldm_jax.scaling.records import in_bucket
@@ -61,7 +61,7 @@ def make_backbone(config: RunConfig, pretrained: Pretrained) -> Functional:
             f"data.size is {config.data.size}, which gives latents of {side} rows; this backbone takes a multiple of"
             f" {backbone.multiple}"
         )
-    return functional(lambda rngs: MODULES[type(backbone)](backbone, rngs))
+    return make_network(backbone)
 
 
 def prepare(network: Functional) -> Callable[[Params, Cond], Any]:

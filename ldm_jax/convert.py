@@ -28,12 +28,11 @@ from ldm_jax.flags import any_path, run_command
 from ldm_jax.models import Backbone, scheduler, weights
 from ldm_jax.models.clip import CLIPTextConfig
 from ldm_jax.models.names import Names
-from ldm_jax.models.networks import described
+from ldm_jax.models.networks import described, make_network
 from ldm_jax.models.pixart_config import PixArtConfig
 from ldm_jax.models.t5 import T5Config
 from ldm_jax.models.text import Text
 from ldm_jax.models.unet_config import UNetConfig
-from ldm_jax.nn.functional import functional
 from ldm_jax.parallel import MeshConfig, make_mesh
 from ldm_jax.pretrained import load_pretrained, pretrained_directory
 from ldm_jax.scaling.records import in_bucket
@@ -124,8 +123,7 @@ def copy(source: Path, to: Path, save: Save) -> None:
         shutil.copytree(source, to)
         return
     kind, config = described(source)
-    init, _ = functional(lambda rngs: kind.module(config, rngs))
-    like = jax.eval_shape(init, jax.random.key(0))
+    like = jax.eval_shape(make_network(config).init, jax.random.key(0))
     params = weights.lazy(source, like, kind.names(config))
     save(to, params, kind.names(config), kind.write(config))
 

@@ -14,13 +14,12 @@ from ldm_jax.config import EMBEDDED, RunConfig
 from ldm_jax.models import weights
 from ldm_jax.models.axes import TABLE
 from ldm_jax.models.clip import CLIPTextConfig
-from ldm_jax.models.networks import MODULES, described
+from ldm_jax.models.networks import described, make_network
 from ldm_jax.models.released import AUTOENCODER, TEXT
 from ldm_jax.models.t5 import T5Config
 from ldm_jax.models.text import T5_LENGTH, Ids, Text
 from ldm_jax.models.tiling import decode_tiled
 from ldm_jax.models.tokenizer import Tokenizer
-from ldm_jax.nn.functional import functional
 from ldm_jax.parallel import shardings
 from ldm_jax.types import Cond, Images, Latent, Params, Tokens
 
@@ -137,7 +136,7 @@ def abstract_pretrained(config: RunConfig, mesh: Mesh) -> tuple[Pretrained, str]
 
 
 def _abstract(config: Any, dtype: str, place: Callable[[Params], Any]) -> Network:
-    init, apply = functional(lambda rngs: MODULES[type(config)](config, rngs))
+    init, apply = make_network(config)
     shapes = jax.eval_shape(init, jax.random.key(0))
     params = jax.tree.map(
         lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=where),
@@ -197,7 +196,7 @@ def _load(directory: Path, dtype: str = "float32", *, place: Callable[[Params], 
     kind, config = described(directory)
     if dtype != "float32":
         config = dataclasses.replace(config, dtype=dtype)
-    init, apply = functional(lambda rngs: kind.module(config, rngs))
+    init, apply = make_network(config)
     shapes = jax.eval_shape(init, jax.random.key(0))
     like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), shapes)
     params = weights.load(directory, like, kind.names(config), shardings=place(like))

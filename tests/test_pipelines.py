@@ -21,11 +21,10 @@ from ldm_jax.diffusion import initial_noise
 from ldm_jax.flags import UsageError, parse
 from ldm_jax.models import weights
 from ldm_jax.models.clip import CLIPTextConfig
-from ldm_jax.models.networks import KINDS
+from ldm_jax.models.networks import KINDS, make_network
 from ldm_jax.models.pixart_config import PixArtConfig
 from ldm_jax.models.t5 import T5Config
 from ldm_jax.models.uvit_config import UViTConfig
-from ldm_jax.nn.functional import functional
 from ldm_jax.parallel import make_mesh
 from ldm_jax.pretrained import load_pretrained, pretrained_directory
 
@@ -70,8 +69,7 @@ def shelf(tmp_path_factory):
 
 def save_text_encoder(directory, config, number):
     (kind,) = {kind for kind in KINDS.values() if kind.config is type(config)}
-    init, _ = functional(lambda rngs: kind.module(config, rngs))
-    params = jax.jit(init)(jax.random.key(number))
+    params = make_network(config).init(jax.random.key(number))
     suffix = "_2" if number else ""
     path = directory / f"text_encoder{suffix}"
     weights.save(path, params, kind.names(config), kind.write(config))

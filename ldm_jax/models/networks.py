@@ -1,5 +1,6 @@
 """The networks that a directory may hold, by the class that its config.json names."""
 
+import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +17,7 @@ from ldm_jax.models.unet import UNet
 from ldm_jax.models.unet_config import UNetConfig
 from ldm_jax.models.uvit import UViT
 from ldm_jax.models.uvit_config import UViTConfig
+from ldm_jax.nn.functional import Functional, functional
 
 
 class Kind(NamedTuple):
@@ -68,6 +70,12 @@ KINDS = {
     ),
 }
 MODULES = {kind.config: kind.module for kind in KINDS.values()}
+
+
+@functools.lru_cache(maxsize=8)
+def make_network(config: Any) -> Functional:
+    """The network of a config; the same object for the same config, as its constructor takes seconds to trace."""
+    return functional(lambda rngs: MODULES[type(config)](config, rngs))
 
 
 def described(directory: Path) -> tuple[Kind, Any]:

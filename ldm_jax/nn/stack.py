@@ -6,6 +6,7 @@ from typing import Any
 import jax
 from flax import nnx
 
+from ldm_jax.nn.functional import Keys
 from ldm_jax.nn.placement import by_example, in_parts
 
 
@@ -52,13 +53,16 @@ class Stack(nnx.Module):
     ) -> None:
         if num < 1:
             raise ValueError(f"a stack has at least one block, not {num}")
-        graph, _ = nnx.split(nnx.eval_shape(lambda: make_block(nnx.Rngs(0))))
+        graph: Any = None
 
         def init(key: jax.Array) -> Any:
-            return nnx.split(make_block(nnx.Rngs(key)))[1]
+            nonlocal graph
+            graph, state = nnx.split(make_block(Keys(key)))
+            return state
 
         # Random draws compile in half the time under `map` that they need under `vmap`; both draw the same.
-        self.block = nnx.merge(graph, jax.lax.map(init, jax.random.split(rngs.params(), num)))
+        params = jax.lax.map(init, jax.random.split(rngs.params(), num))
+        self.block = nnx.merge(graph, params)
         self.num, self.remat = num, remat
 
     def __call__(self, x: Any, *shared: Any) -> Any:

@@ -8,11 +8,10 @@ import numpy as np
 
 from ldm_jax.models import weights
 from ldm_jax.models.names import STACK
-from ldm_jax.models.networks import MODULES, described
+from ldm_jax.models.networks import described, make_network
 from ldm_jax.models.pixart_config import PixArtConfig
 from ldm_jax.models.unet_config import DEEPFLOYD, UNetConfig
 from ldm_jax.models.uvit_config import UViTConfig
-from ldm_jax.nn.functional import functional
 from ldm_jax.types import Cond
 
 UNET = UNetConfig(
@@ -44,15 +43,9 @@ SMALL = {
 }
 
 
-@functools.cache
-def network(config):
-    """Its `init` and its `apply`."""
-    return functional(lambda rngs: MODULES[type(config)](config, rngs))
-
-
 def shapes(config):
     """Its parameters as ShapeDtypeStructs."""
-    return jax.eval_shape(network(config).init, jax.random.key(0))
+    return jax.eval_shape(make_network(config).init, jax.random.key(0))
 
 
 def num_params(config):
@@ -63,7 +56,7 @@ def num_params(config):
 @functools.cache
 def jitted(config):
     """Its `apply`, compiled once for all tests of a file."""
-    return jax.jit(network(config).apply, static_argnames="method")
+    return jax.jit(make_network(config).apply, static_argnames="method")
 
 
 @functools.cache

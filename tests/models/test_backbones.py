@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 from flax import nnx
 from jax.extend import core
-from specimens import SMALL, answer, drawn, error, inputs, jitted, network, shapes
+from specimens import SMALL, answer, drawn, error, inputs, jitted, shapes
 
 from ldm_jax.models import BACKBONES, weights
 from ldm_jax.models.flops import traced_flops
 from ldm_jax.models.names import STACK, current_key, entries, flatten
-from ldm_jax.models.networks import KINDS, described
+from ldm_jax.models.networks import KINDS, described, make_network
 from ldm_jax.nn.stack import Stack
 
 START_AT_ZERO = {"unet", "pixart"}  # what they answer
@@ -39,7 +39,7 @@ def rows(tree, order):
 @functools.cache
 def trainer(config):
     """(params, x, told, cond) -> ((loss, answer), gradient), with all of the text to be seen."""
-    apply = network(config).apply
+    apply = make_network(config).apply
 
     @jax.jit
     def gradient(params, x, told, cond):
@@ -55,7 +55,7 @@ def trainer(config):
 @every_form
 def test_latents_of_any_size_that_it_can_divide_keep_their_shape_and_are_float32(name):
     config = dataclasses.replace(SMALL[name], dtype="bfloat16")
-    predict, like = functools.partial(answer, network(config).apply), shapes(config)
+    predict, like = functools.partial(answer, make_network(config).apply), shapes(config)
     _, told, cond = inputs(config)
     short = cond._replace(tokens=cond.tokens[:, :2], mask=cond.mask[:, :2])
     for height, width, given in ((4, 4, cond), (1, 5, short), (2, 3, cond._replace(mask=None))):
@@ -69,7 +69,7 @@ def test_latents_of_any_size_that_it_can_divide_keep_their_shape_and_are_float32
 def test_statistics_of_a_bfloat16_network_are_float32(name):
     """Means, variances and softmaxes; the products of matrices may be whatever the dtype is."""
     config = dataclasses.replace(SMALL[name], dtype="bfloat16")
-    traced = jax.make_jaxpr(functools.partial(answer, network(config).apply))
+    traced = jax.make_jaxpr(functools.partial(answer, make_network(config).apply))
     seen = collections.defaultdict(set)
     pending = [traced(shapes(config), *inputs(config)).jaxpr]
     while pending:
@@ -182,7 +182,7 @@ def test_scanned_blocks_are_blocks_one_after_another(name, monkeypatch):
     scanned = answer(apply, params, *inputs(SMALL[name]))
     monkeypatch.setattr(Stack, "scan", scan)
     monkeypatch.setattr(Stack, "map", map_)
-    unrolled = jax.jit(functools.partial(answer, network(SMALL[name]).apply))
+    unrolled = jax.jit(functools.partial(answer, make_network(SMALL[name]).apply))
     assert error(unrolled(params, *inputs(SMALL[name])), scanned) < 1e-5
     assert min(depths) > 1
 
@@ -195,7 +195,7 @@ def test_it_starts_as_it_says_and_every_parameter_can_leave_its_start(name):
     """
     config = SMALL[name]
     key = jax.random.key(0, impl="rbg")  # whose draws compile in a third of the time
-    params = before = jax.jit(network(config).init)(key)
+    params = before = jax.jit(make_network(config).init)(key)
     given = inputs(config)
     for step in range(4):
         (_, y), gradient = trainer(config)(params, *given)

@@ -5,9 +5,10 @@ import warnings
 import jax
 import jax.numpy as jnp
 import pytest
-from specimens import SMALL, answer, network, num_params, shapes
+from specimens import SMALL, answer, num_params, shapes
 
 from ldm_jax.models.flops import count, traced_flops
+from ldm_jax.models.networks import make_network
 from ldm_jax.types import Cond
 
 TOKENS = 7
@@ -20,7 +21,7 @@ def program(config):
     pooled, sizes = (shape(1, width) for width in (max(config.pooled_width, 1), 6))
     cond = Cond(shape(1, TOKENS, config.text_width), pooled=pooled, sizes=sizes)
     inputs = shape(1, side, side, config.in_channels), shape(1), cond
-    return lambda *args: answer(network(config).apply, *args).sum(), (shapes(config), *inputs)
+    return lambda *args: answer(make_network(config).apply, *args).sum(), (shapes(config), *inputs)
 
 
 @pytest.mark.parametrize("name", SMALL)

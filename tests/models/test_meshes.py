@@ -6,10 +6,11 @@ import jax
 import numpy as np
 import optax
 import pytest
-from specimens import SMALL, inputs, network
+from specimens import SMALL, inputs
 
 from ldm_jax.diffusion import ScaledLinear, eps, make_loss
 from ldm_jax.models.axes import TABLE
+from ldm_jax.models.networks import make_network
 from ldm_jax.parallel import (
     MeshConfig,
     device_bytes,
@@ -46,7 +47,7 @@ def placing(mesh):
 
 def trained(config, mesh):
     """The losses, and the last parameters, on the host."""
-    init, apply = network(config)
+    init, apply = make_network(config)
     prepare = functools.partial(apply, method="prepare")
     tx = optax.sgd(0.03, momentum=0.9)  # Adam's first steps are signs, and hide the gradient's size
     loss = make_loss(apply, prepare, schedule=ScaledLinear(), prediction=eps)
@@ -79,7 +80,7 @@ def test_a_mesh_changes_nothing_but_the_rounding(name, sizes):
 @pytest.mark.parametrize("name", SMALL)
 def test_fsdp_divides_all_but_small_vectors(name):
     mesh = make_mesh(MeshConfig(data=2, fsdp=4))
-    init, tx = network(SMALL[name]).init, optax.adamw(1e-3)
+    init, tx = make_network(SMALL[name]).init, optax.adamw(1e-3)
     state = abstract_state(init, tx, placing(mesh))
     whole = abstract_state(init, tx)
     assert device_bytes(state) < 0.45 * device_bytes(
@@ -93,8 +94,10 @@ def test_fsdp_divides_all_but_small_vectors(name):
 def test_a_state_is_born_in_parts():
     mesh = make_mesh(MeshConfig(data=1, fsdp=4, tensor=2))
     config = SMALL["unet"]
-    state = init_state(network(config).init, optax.adam(1e-3), jax.random.key(0), placing(mesh))
-    alone = jax.jit(network(config).init)(jax.random.key(0))
+    state = init_state(
+        make_network(config).init, optax.adam(1e-3), jax.random.key(0), placing(mesh)
+    )
+    alone = jax.jit(make_network(config).init)(jax.random.key(0))
     for path, leaf in jax.tree_util.tree_leaves_with_path(state.params):
         parts = {shard.data.shape for shard in leaf.addressable_shards}
         assert parts == {leaf.sharding.shard_shape(leaf.shape)}, leaf_name(path)

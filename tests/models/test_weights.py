@@ -22,8 +22,7 @@ from safetensors.numpy import load_file, save_file
 
 from ldm_jax.models import weights
 from ldm_jax.models.names import Names, entries
-from ldm_jax.models.networks import described
-from ldm_jax.nn.functional import functional
+from ldm_jax.models.networks import described, make_network
 
 CONFIG = {"_class_name": "AutoencoderKL"}
 FILE = "diffusion_pytorch_model.safetensors"
@@ -437,8 +436,7 @@ def test_fingerprints_tell_parameters_apart_and_nothing_else(params):
 def opened(directory):
     """Kind, config, and parameters of what a directory holds."""
     kind, config = described(directory)
-    init, _ = functional(lambda rngs: kind.module(config, rngs))
-    like = jax.eval_shape(init, jax.random.key(0))
+    like = jax.eval_shape(make_network(config).init, jax.random.key(0))
     return kind, config, weights.load(directory, like, kind.names(config))
 
 
@@ -489,14 +487,12 @@ from pathlib import Path
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
 from ldm_jax.models import weights
-from ldm_jax.models.networks import described
-from ldm_jax.nn.functional import functional
+from ldm_jax.models.networks import described, make_network
 
 number, address, source, to = sys.argv[1:]
 jax.distributed.initialize(address, 2, int(number))
 kind, config = described(Path(source))
-init, _ = functional(lambda rngs: kind.module(config, rngs))
-like = jax.eval_shape(init, jax.random.key(0))
+like = jax.eval_shape(make_network(config).init, jax.random.key(0))
 mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
 
 def place(leaf):

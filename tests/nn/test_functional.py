@@ -5,7 +5,7 @@ import pytest
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
-from ldm_jax.nn.functional import functional
+from ldm_jax.nn.functional import Keys, functional
 
 
 class Net(nnx.Module):
@@ -60,6 +60,13 @@ def test_the_same_key_gives_the_same_parameters_and_another_key_others(params):
     jax.tree.map(np.testing.assert_array_equal, params, same)
     kernels = [tree["layers"]["3"]["kernel"] for tree in (params, other)]
     assert not np.any(kernels[0] == kernels[1])
+
+
+def test_keys_are_those_of_flax():
+    ours, flaxs = (Net(8, 3, kind(jax.random.key(5))) for kind in (Keys, nnx.Rngs))
+    jax.tree.map(
+        np.testing.assert_array_equal, *map(nnx.to_pure_dict, map(nnx.state, (ours, flaxs)))
+    )
 
 
 def test_apply_is_the_module_itself(params):
