@@ -25,6 +25,8 @@ from ldm_jax.types import Cond
 REACHED = 0.45  # of a chip's peak, by the products of a training step
 HIDDEN = 0.7  # of the time of collectives
 PARTS = (1, 2, 4, 8, 16)
+ROOM = 0.8  # of a chip's memory: the rest takes the program itself, and parameters on their way to a layer
+ALIKE = 0.02  # of a step's time: what differs by less is alike to this arithmetic
 # Forward passes' worth of a training step, and how often it gathers the parameters.
 PASSES = {"none": (3.0, 2), "dots": (3.2, 3), "full": (4.0, 3)}
 
@@ -72,15 +74,16 @@ class Estimate(NamedTuple):
     layout: Layout
     memory: int
     seconds: float
+    fits: bool
 
 
 def estimates(config: RunConfig, devices: Sequence[Any]) -> list[Estimate]:
     """Layouts whose batch divides, the fastest that fit first, then the others by what they need.
 
-    A batch is taken in no more parts than fit, since more of them save nothing but memory. `tensor` stays as the config
-    has it. Raises as `programs.parts`, and ValueError where no layout divides the batch.
+    Of those that are about as fast the one that needs least memory comes first: compilers take long over the last
+    bytes. A batch is taken in no more parts than fit, since more of them save nothing but memory. `tensor` stays as the
+    config has it. Raises as `programs.parts`, and ValueError where no layout divides the batch.
     """
-    room = chip(devices[0].device_kind).hbm
     kept = {remat: _kept(config, remat, devices[0]) for remat in REMAT}
     given = functools.cache(lambda fsdp: _given(config, fsdp, devices))
     found = [
@@ -95,12 +98,11 @@ def estimates(config: RunConfig, devices: Sequence[Any]) -> list[Estimate]:
     found.sort(key=lambda x: x.layout.accumulate)
     fitting: dict[Any, Estimate] = {}
     for estimate in found:
-        if estimate.memory <= room:
+        if estimate.fits:
             fitting.setdefault(estimate.layout._replace(accumulate=1), estimate)
-    others = (estimate for estimate in found if estimate.memory > room)
-    return sorted(fitting.values(), key=lambda x: x.seconds) + sorted(
-        others, key=lambda x: x.memory
-    )
+    others = (estimate for estimate in found if not estimate.fits)
+    fastest = sorted(fitting.values(), key=lambda x: (round(math.log(x.seconds) / ALIKE), x.memory))
+    return fastest + sorted(others, key=lambda x: x.memory)
 
 
 def _layouts(config: RunConfig, devices: Sequence[Any]) -> Iterator[Layout]:
@@ -133,7 +135,7 @@ def _given(config: RunConfig, fsdp: int, devices: Sequence[Any]) -> _Given:
 
 
 def _estimate(
-    layout: Layout, config: RunConfig, devices: Sequence[Any], given: _Given, kept: float
+    layout: Layout, config: RunConfig, devices: Sequence[Any], given: _Given, kept: int
 ) -> Estimate:
     row, slices = chip(devices[0].device_kind), len(set(map(slice_of, devices)))
     rows = config.train.batch / (layout.data * layout.fsdp)
@@ -147,10 +149,11 @@ def _estimate(
     within += summed * (layout.data > slices)
     across = summed * row.chips / row.network if slices > 1 else 0.0
     sending = within / (2 * row.dims * row.link) + across
-    return Estimate(layout, memory, compute + (1 - HIDDEN) * sending)
+    seconds = compute + (1 - HIDDEN) * sending
+    return Estimate(layout, memory, seconds, memory <= ROOM * row.hbm)
 
 
-def _kept(config: RunConfig, remat: str, device: Any) -> float:
+def _kept(config: RunConfig, remat: str, device: Any) -> int:
     """Bytes an example that the network keeps from the forward pass for the backward pass."""
     alone = make_mesh(MeshConfig(data=1), [device])
     run = dataclasses.replace(

@@ -6,8 +6,9 @@
 
 The first compiles the training step and the sampling program of the run for that slice, or several, and reports their
 memory, their time with what of it communication takes, and what the whole run comes to. `--search` looks for the
-layout: mesh, parts of a batch, recomputation. `--profile` says where the time goes. A compilation takes minutes, ten of
-them for the largest networks. Needs jax[tpu]. Time is the compiler's estimate, for which see docs/tpu.md.
+layout: mesh, parts of a batch, recomputation. `--program=encoding` plans what makes the latents instead, `--profile`
+says where the time goes. A compilation takes minutes, ten of them for the largest networks. Needs jax[tpu]. Time is the
+compiler's estimate, for which see docs/tpu.md.
 
 `--table` prints every backbone of `ldm_jax.models.sizes`: its parameters and the cost of a forward pass for one image,
 counted layer by layer, beside what its paper prints of them. The cost is in the paper's unit at its size of latents:
@@ -179,8 +180,7 @@ def refusal(
     if program.name != "training":
         yield f"  fewer images at a time ({IMAGES[program.name]}), or a larger mesh.fsdp, take less"
         return
-    room = chip(devices[0].device_kind).hbm
-    fitting = [x for x in layouts.estimates(flags.config, devices) if x.memory <= room]
+    fitting = [x for x in layouts.estimates(flags.config, devices) if x.fits]
     for estimate in fitting[:FOUND]:
         yield f"  would fit by arithmetic ({estimate.memory / GIB:.1f} GiB): {_flags(flags.config, estimate.layout)}"
     if not fitting:
@@ -192,7 +192,7 @@ def search(flags: argparse.Namespace, devices: Sequence[Any]) -> Iterator[str]:
     config: RunConfig = flags.config
     room = chip(devices[0].device_kind).hbm
     found = layouts.estimates(config, devices)
-    fitting = [estimate for estimate in found if estimate.memory <= room]
+    fitting = [estimate for estimate in found if estimate.fits]
     yield f"{len(found)} layouts of {flags.topology}, of which {len(fitting)} fit by arithmetic"
     best: list[tuple[float, layouts.Layout]] = []
     for estimate in (fitting or found)[: TRIED * flags.search]:
