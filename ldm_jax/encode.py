@@ -28,6 +28,8 @@ def main(flags: argparse.Namespace) -> None:
     """Encodes the training source, and that of the validation loss where it has its own."""
     config: RunConfig = flags.config
     data = config.data
+    sources = {"train": data.source, "validation": data.validation}
+    directories = {part: build.records(config, flags.workdir, part) for part in sources}
     mesh = make_mesh(config.mesh)
     pretrained = load_pretrained(config, mesh)
     frozen = pretrained.params
@@ -52,11 +54,10 @@ def main(flags: argparse.Namespace) -> None:
         limits=Limits(data.min_side, data.max_caption, data.max_skipped),
         text=text if data.text_embeddings else None,
     )
-    for part, source in (("train", data.source), ("validation", data.validation)):
+    for part, source in sources.items():
         if source is not None:
-            directory = build.records(config, flags.workdir, part)
-            manifest = run(open_source(source), directory=directory)
-            print(f"{directory}: {_summary(manifest)}")
+            manifest = run(open_source(source), directory=directories[part])
+            print(f"{directories[part]}: {_summary(manifest)}")
     claim(config, flags.workdir)  # now that the latents have accepted what they are made with
 
 
