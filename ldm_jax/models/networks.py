@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from ldm_jax.models import names, weights
 from ldm_jax.models.clip import CLIP, CLIPConfig, CLIPText, CLIPTextConfig
+from ldm_jax.models.inception import Inception, InceptionConfig
 from ldm_jax.models.kl import AutoencoderKL, KLConfig
 from ldm_jax.models.names import Names
 from ldm_jax.models.pixart import PixArt
@@ -62,6 +63,9 @@ KINDS = {
         CLIPConfig.from_transformers,
         CLIPConfig.to_transformers,
         lambda _: names.CLIP,
+    ),
+    "Inception": Kind(
+        InceptionConfig, Inception, InceptionConfig.from_dict, InceptionConfig.to_dict, _own
     ),
     "T5EncoderModel": _T5,
     "T5ForConditionalGeneration": _T5,
