@@ -7,8 +7,10 @@ from typing import Any, NamedTuple
 
 from ldm_jax.models import names, weights
 from ldm_jax.models.clip import CLIP, CLIPConfig, CLIPText, CLIPTextConfig
+from ldm_jax.models.dinov2 import Dinov2, Dinov2Config
 from ldm_jax.models.inception import Inception, InceptionConfig
 from ldm_jax.models.kl import AutoencoderKL, KLConfig
+from ldm_jax.models.lpips import LPIPS, LPIPSConfig
 from ldm_jax.models.names import Names
 from ldm_jax.models.pixart import PixArt
 from ldm_jax.models.pixart_config import PixArtConfig
@@ -64,9 +66,13 @@ KINDS = {
         CLIPConfig.to_transformers,
         lambda _: names.CLIP,
     ),
+    "Dinov2Model": Kind(
+        Dinov2Config, Dinov2, Dinov2Config.from_transformers, Dinov2Config.to_transformers, _own
+    ),
     "Inception": Kind(
         InceptionConfig, Inception, InceptionConfig.from_dict, InceptionConfig.to_dict, _own
     ),
+    "LPIPS": Kind(LPIPSConfig, LPIPS, LPIPSConfig.from_dict, LPIPSConfig.to_dict, _own),
     "T5EncoderModel": _T5,
     "T5ForConditionalGeneration": _T5,
     "Reader": Kind(
