@@ -14,7 +14,8 @@ RESAMPLES = 2000
 def mean_estimate(values: Float[np.ndarray, " n"]) -> Estimate:
     """The mean of independent per-prompt scores with its interval.
 
-    A single value has no interval: it is NaN. Where a value is NaN, the mean is. Raises ValueError without values.
+    A single value has no interval: it is NaN. Where a value is NaN or infinite, so is the mean, without an interval.
+    Raises ValueError without values.
     """
     values = np.asarray(values, np.float64)
     if not len(values):
@@ -41,10 +42,10 @@ def by_group(
 
 
 def _bootstrap(
-    samples: Sequence[Float[np.ndarray, " n"]], statistic: Callable[..., np.ndarray]
+    samples: Sequence[Float[np.ndarray, " _"]], statistic: Callable[..., np.ndarray]
 ) -> Estimate:
     value, count = float(statistic(*samples, axis=0)), sum(map(len, samples))
-    if min(map(len, samples)) == 1 or np.isnan(value):
+    if min(map(len, samples)) == 1 or not np.isfinite(value):
         return Estimate(value, float("nan"), float("nan"), count)
     if all(np.ptp(sample) == 0 for sample in samples):  # scipy warns of what is certain
         return Estimate(value, value, value, count)

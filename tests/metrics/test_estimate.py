@@ -52,3 +52,8 @@ def test_groups_are_means_of_their_own_and_the_gap_is_their_difference():
         "score/gap": -3.0,
     }
     assert scores["score/gap"].low < -3.0 < scores["score/gap"].high
+
+
+def test_an_infinite_value_makes_the_mean_infinite_and_has_no_interval():
+    estimate = mean_estimate(np.array([1.0, np.inf, 2.0]))
+    assert estimate.value == np.inf and np.isnan([estimate.low, estimate.high]).all()
