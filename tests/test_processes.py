@@ -338,8 +338,10 @@ def test_damage_to_the_newest_checkpoint_is_met_by_all_processes_alike(fresh, ca
     assert_alike(fresh, calm)
 
 
-def test_another_config_is_refused_by_all_processes(fresh, calm):
+def test_another_config_is_refused(fresh, calm):
+    """By the first process at least: when it ends, JAX aborts another one that has not come so far."""
     (fresh / "checkpoints").symlink_to(calm / "checkpoints")
     with Job(fresh, 2, 2, *mesh(2, 2), "--config.train.batch=16") as job:
-        assert job.wait(120) == [1, 1], job.said()
+        first, second = job.wait(120)
+        assert first == 1 and second in (1, -signal.SIGABRT), job.said()
     assert "holds another run: train.batch" in job.said()
