@@ -7,8 +7,8 @@
 The first compiles the training step and the sampling program of the run for that slice, or several, and reports their
 memory, their time with what of it communication takes, and what the whole run comes to. `--search` looks for the
 layout: mesh, parts of a batch, recomputation. `--program=encoding` plans what makes the latents instead, `--profile`
-says where the time goes. A compilation takes minutes, ten of them for the largest networks. Needs jax[tpu]. Time is the
-compiler's estimate, for which see docs/tpu.md.
+says where the time goes. A compilation takes minutes; that of a UNet of 866 M parameters ten, of one of 5 B, or with
+its parameters in parts, an hour or more. Needs jax[tpu]. Time is the compiler's estimate, for which see docs/tpu.md.
 
 `--table` prints every backbone of `ldm_jax.models.sizes`: its parameters and the cost of a forward pass for one image,
 counted layer by layer, beside what its paper prints of them. The cost is in the paper's unit at its size of latents:
@@ -184,7 +184,7 @@ def refusal(
     for estimate in fitting[:FOUND]:
         yield f"  would fit by arithmetic ({estimate.memory / GIB:.1f} GiB): {_flags(flags.config, estimate.layout)}"
     if not fitting:
-        yield "  no mesh of this slice has the room: take a larger one, or a smaller batch"
+        yield "  by arithmetic no mesh of this slice has room to spare: take a larger one, or a smaller batch"
 
 
 def search(flags: argparse.Namespace, devices: Sequence[Any]) -> Iterator[str]:

@@ -182,7 +182,11 @@ def _progress(name: str, expected: float) -> Iterator[None]:
         while not over.wait(PAUSE):
             _log.info("Still compiling %s, %.0f s so far.", name, time.monotonic() - begun)
 
-    _log.info("Compiling %s, which takes about %.0f s on two cores.", name, expected)
+    _log.info(
+        "Compiling %s, which takes about %.0f s on two cores, and longer with parameters in parts.",
+        name,
+        expected,
+    )
     thread = threading.Thread(target=say, daemon=True)
     thread.start()
     try:

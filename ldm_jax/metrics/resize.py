@@ -20,9 +20,8 @@ Pixels = UInt8[Arr, "B rows columns C"]
 FloatPixels = Float[Arr, "B rows columns C"]
 
 SIZE = (299, 299)  # of what Inception-v3 was trained on
-PRECISION = (
-    jax.lax.Precision.HIGHEST
-)  # TPUs would multiply in bfloat16, which has 8 bits, as pixels have
+# TPUs would multiply in bfloat16, which has 8 bits, as pixels have.
+PRECISION = jax.lax.Precision.HIGHEST
 BITS = 22  # of a weight behind the point, in Pillow's arithmetic of uint8
 
 
