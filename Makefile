@@ -1,6 +1,7 @@
 # make demo    sets up and runs the main job: encode, train, report
 # make test    sets up and runs the fast tests
-# make test-parity    the same beside torch, diffusers and transformers, with live comparisons
+# make test-parity    the same beside torch, diffusers, transformers, torch-fidelity, clean-fid and lpips, with live
+#                     comparisons
 #
 # Both need Python 3.11 or later, make and a package index, and may be run again at any time.
 # Another interpreter: make PYTHON=python3.12 VENV=.venv-3.12 test
@@ -17,6 +18,9 @@ DEMO_FLAGS ?= --xla_force_host_platform_device_count=2
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed[$(EXTRAS)]
 RUN := $(BIN)/python -m
+PIP_INSTALL := $(RUN) pip install --quiet --disable-pip-version-check
+# tests/parity.py says why.
+ASIDE := --no-deps --upgrade --target=$(VENV)/parity
 
 .PHONY: demo test test-slow test-parity test-all lint install clean
 .DELETE_ON_ERROR:
@@ -49,13 +53,14 @@ install: $(INSTALLED)
 ifneq ($(wildcard $(VENV)/installing),)
 .PHONY: $(INSTALLED)
 endif
-$(INSTALLED): setup.cfg pyproject.toml
+$(INSTALLED): setup.cfg pyproject.toml tests/parity.txt
 	@$(PYTHON) -c 'import sys; v = sys.version.split()[0]; sys.exit(sys.version_info < (3, 11) and \
 	  f"ldm_jax needs Python 3.11 or later, and $(PYTHON) is {v}: make PYTHON=python3.12 $(MAKECMDGOALS)")'
 	@if [ -e $(VENV)/installing ] || ! $(RUN) pip --version >/dev/null 2>&1; then \
 	  echo "making the environment $(VENV)"; $(PYTHON) -m venv --clear $(VENV); fi
 	@touch $(VENV)/installing
-	$(RUN) pip install --quiet --disable-pip-version-check --editable ".[$(EXTRAS)]"
+	$(PIP_INSTALL) --editable ".[$(EXTRAS)]"
+	$(if $(findstring parity,$(EXTRAS)),$(PIP_INSTALL) $(ASIDE) --requirement tests/parity.txt)
 	@rm $(VENV)/installing
 	@touch "$@"
 

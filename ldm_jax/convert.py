@@ -1,12 +1,16 @@
-"""A pipeline in diffusers' layout, from a run, or from another such directory.
+"""A pipeline in diffusers' layout, from a run or from another such directory; a network that scores, from its files.
 
     python -m ldm_jax.convert --from=runs/demo --to=pipelines/demo
     python -m ldm_jax.convert --from=/data/stable-diffusion-2-1 --to=/data/sd21-half --dtype=float16
+    python -m ldm_jax.convert --from=pt_inception-2015-12-05-6726825d.pth --to=/data/inception
+    python -m ldm_jax.convert --from=alex.pth --from=alexnet-owt-7be5be79.pth --to=/data/lpips
 
 From a run comes its newest checkpoint's backbone, with the frozen models that it was trained with and its schedule:
 what `StableDiffusionPipeline.from_pretrained` opens (`StableDiffusionXLPipeline`, `PixArtAlphaPipeline`). From a
 pipeline's directory every network is read, checked, and written anew in full or half precision, a file at a time;
-tokenizers, the scheduler and whatever else is there are copied.
+tokenizers, the scheduler and whatever else is there are copied. Files are those of torch.save that the authors of
+Inception for FID, LPIPS (its linear layers, and torchvision's network below them) and DINOv2 released; they become the
+directory of a network. Torch is not needed, and no code that is in them is run.
 """
 
 import argparse
@@ -14,7 +18,7 @@ import dataclasses
 import functools
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +29,10 @@ from ldm_jax import build
 from ldm_jax.config import WEIGHTS, RunConfig
 from ldm_jax.configuration import CONFIG_FILE, from_json
 from ldm_jax.flags import any_path, run_command
-from ldm_jax.models import Backbone, scheduler, weights
+from ldm_jax.models import Backbone, originals, scheduler, weights
 from ldm_jax.models.clip import CLIPTextConfig
 from ldm_jax.models.names import Names
-from ldm_jax.models.networks import described, make_network
+from ldm_jax.models.networks import Kind, described, make_network
 from ldm_jax.models.pixart_config import PixArtConfig
 from ldm_jax.models.t5 import T5Config
 from ldm_jax.models.text import Text
@@ -49,9 +53,11 @@ Save = Callable[[Path, Params, Names, Mapping[str, Any]], None]
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """The flags of this command."""
-    text = "directory of a run, in a bucket too, or of a pipeline with a model_index.json"
-    parser.add_argument("--from", dest="source", type=any_path, required=True, help=text)
-    text = "directory of the pipeline, which there must not be yet"
+    text = "directory of a run, in a bucket too, or of a pipeline with a model_index.json; or a file of a network that"
+    text += " scores, once for each file that it is in"
+    source = {"dest": "sources", "metavar": "SOURCE", "action": "append"}
+    parser.add_argument("--from", **source, type=any_path, required=True, help=text)
+    text = "directory of the pipeline or of the network, which there must not be yet"
     parser.add_argument("--to", type=any_path, required=True, help=text)
     text = "of the written weights (default float32)"
     parser.add_argument("--dtype", choices=weights.DTYPES, default="float32", help=text)
@@ -74,10 +80,10 @@ def num_bytes(text: str) -> int:
 
 
 def main(flags: argparse.Namespace) -> None:
-    """Writes the pipeline beside its place, and moves it there once it is whole."""
+    """Writes the directory beside its place, and moves it there once it is whole."""
     if in_bucket(flags.to):
         raise ValueError(f"--to={flags.to} is in a bucket; write to a disk and copy from there")
-    source, to = flags.source, Path(flags.to)
+    to = Path(flags.to)
     if to.exists():
         raise ValueError(f"--to={to} exists; give a directory that there is not yet")
     save = functools.partial(weights.save, dtype=flags.dtype, max_shard_size=flags.max_shard_size)
@@ -85,16 +91,43 @@ def main(flags: argparse.Namespace) -> None:
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
     try:
-        if (source / INDEX).is_file() or not (source / CONFIG_FILE).is_file():
-            if flags.weights:
-                raise ValueError(f"--weights={flags.weights} is for runs; {source} is none")
-            from_pipeline(source, unfinished, save)
-        else:
-            from_run(source, unfinished, save, flags.weights)
+        from_any(flags.sources, unfinished, save, flags.weights)
         unfinished.rename(to)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     print(f"{to}: {', '.join(sorted(path.name for path in to.iterdir()))}")
+
+
+def from_any(sources: Sequence[epath.Path], to: Path, save: Save, which: str | None) -> None:
+    """Writes what `sources` hold: files of a network, or one directory."""
+    source, *more = sources
+    if more and not all(path.is_file() for path in sources):
+        given = ", ".join(map(str, sources))
+        raise ValueError(f"--from is given {len(sources)} times, which is for files alone: {given}")
+    if (source / CONFIG_FILE).is_file() and not (source / INDEX).is_file():
+        from_run(source, to, save, which)
+        return
+    if which:
+        raise ValueError(f"--weights={which} is for runs; {source} is none")
+    if source.is_file():
+        from_files(sources, to, save)
+    else:
+        from_pipeline(source, to, save)
+
+
+def from_files(files: Sequence[epath.Path], to: Path, save: Save) -> None:
+    """A network of the files that its authors released.
+
+    Raises:
+      ValueError: a file in a bucket, or one that is no file of torch.save, or tensors that are no known network.
+    """
+    where = " and ".join(map(str, files))
+    if any(map(in_bucket, files)):
+        raise ValueError(f"--from={where} is in a bucket; files are read from a disk: copy it")
+    tensors = [pair for file in files for pair in originals.read(file)]
+    kind, config = originals.described(dict(tensors), where)
+    read = functools.partial(weights.fitted, tensors, where=where)
+    write_network(kind, config, read, to, save)
 
 
 def from_pipeline(source: epath.PathLike, to: Path, save: Save) -> None:
@@ -108,7 +141,7 @@ def from_pipeline(source: epath.PathLike, to: Path, save: Save) -> None:
     source = Path(source)
     if not (source / INDEX).is_file():
         raise FileNotFoundError(
-            f"--from={source} is neither a run ({CONFIG_FILE}) nor a pipeline ({INDEX})"
+            f"--from={source} is neither a run ({CONFIG_FILE}) nor a pipeline ({INDEX}), and no file"
         )
     for path in sorted(source.iterdir()):
         if path.is_file():
@@ -123,9 +156,16 @@ def copy(source: Path, to: Path, save: Save) -> None:
         shutil.copytree(source, to)
         return
     kind, config = described(source)
+    write_network(kind, config, functools.partial(weights.lazy, source), to, save)
+
+
+def write_network(
+    kind: Kind, config: Any, read: Callable[[Params, Names], Params], to: Path, save: Save
+) -> None:
+    """Writes a network's directory with the parameters that `read(like, names)` returns."""
     like = jax.eval_shape(make_network(config).init, jax.random.key(0))
-    params = weights.lazy(source, like, kind.names(config))
-    save(to, params, kind.names(config), kind.write(config))
+    names = kind.names(config)
+    save(to, read(like, names), names, kind.write(config))
 
 
 def from_run(workdir: epath.Path, to: Path, save: Save, which: str | None) -> None:

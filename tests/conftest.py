@@ -3,6 +3,8 @@
 import os
 from pathlib import Path
 
+import parity
+
 # Read by XLA and JAX when they are imported, and inherited by the processes that tests start.
 # One cache a worker of pytest-xdist, since JAX writes to it without a lock.
 _WORKER = os.environ.get("PYTEST_XDIST_WORKER", "alone")
@@ -17,6 +19,8 @@ if "device_count" not in os.environ.get("XLA_FLAGS", ""):
     _FLAGS += " --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
     _FLAGS += " --xla_llvm_disable_expensive_passes=true"
     os.environ["XLA_FLAGS"] = _FLAGS.strip()
+
+parity.find_packages()
 
 
 def pytest_collection_modifyitems(items):

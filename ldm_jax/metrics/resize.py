@@ -40,13 +40,16 @@ def cubic(x: np.ndarray) -> np.ndarray:
 METHODS: dict[str, Callable[[np.ndarray], np.ndarray]] = {"bilinear": triangle, "bicubic": cubic}
 
 
-def to_pixels(images: Images) -> Pixels:
-    """Images in [-1, 1] -> the nearest of 256 values, as they are saved; what lies outside is clipped."""
-    return jnp.round((jnp.clip(images, -1, 1) + 1) * 127.5).astype(jnp.uint8)
+def rounded(images: Images) -> FloatPixels:
+    """Images in [-1, 1] -> the nearest of 256 values, as they are saved, in float32: NaN stays NaN, and is seen later.
+
+    What lies outside is clipped.
+    """
+    return jnp.round((jnp.clip(jnp.asarray(images, jnp.float32), -1, 1) + 1) * 127.5)
 
 
 def to_images(pixels: Pixels | FloatPixels) -> Images:
-    """The inverse of `to_pixels`, in float32."""
+    """The inverse of `rounded`, in float32."""
     return jnp.asarray(pixels, jnp.float32) / 127.5 - 1
 
 
@@ -54,15 +57,15 @@ def as_torch_fidelity(
     images: Images, size: tuple[int, int] = SIZE
 ) -> Float[Arr, "B {size[0]} {size[1]} 3"]:
     """Images in [-1, 1] as the first graph of FID resizes them, and torch-fidelity after it: from 256 values."""
-    return to_images(resize_like_tensorflow1(to_pixels(images), size))
+    return to_images(resize_like_tensorflow1(rounded(images), size))
 
 
 def as_clean_fid(
     images: Images, size: tuple[int, int] = SIZE
 ) -> Float[Arr, "B {size[0]} {size[1]} 3"]:
     """Images in [-1, 1] as clean-fid's mode "clean" resizes them: from 256 values, and not rounded to them again."""
-    pixels = to_pixels(images).astype(jnp.float32)
-    return to_images(jnp.clip(resize_like_pillow(pixels, size, "bicubic"), 0, 255))
+    pixels = resize_like_pillow(rounded(images), size, "bicubic")
+    return to_images(jnp.clip(pixels, 0, 255))
 
 
 def resize_like_tensorflow1(

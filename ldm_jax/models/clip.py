@@ -348,7 +348,10 @@ def _projection(config: TowerConfig, outputs: int, rngs: nnx.Rngs) -> nnx.Linear
 
 
 class CLIP(nnx.Module):
-    """Transformers' CLIPModel: both towers, their projections into one space, and the temperature."""
+    """Transformers' CLIPModel: both towers, their projections into one space, and the temperature.
+
+    It scores: in a network of float32 products are too, where a TPU would round their factors to bfloat16.
+    """
 
     def __init__(self, config: CLIPConfig, rngs: nnx.Rngs) -> None:
         self.text_model = CLIPText(config.text, rngs)
@@ -359,16 +362,19 @@ class CLIP(nnx.Module):
 
     def text_features(self, tokens: Tokens) -> Float[Array, "B P"]:
         """Captions in the shared space, not of unit norm."""
-        return self.text_projection(self.text_model(tokens).pooled)
+        with jax.default_matmul_precision("highest"):
+            return self.text_projection(self.text_model(tokens).pooled)
 
     def image_features(self, images: Images) -> Float[Array, "B P"]:
         """Images, as `preprocess` returns them, in the shared space, not of unit norm."""
-        return self.visual_projection(self.vision_model(images).pooled)
+        with jax.default_matmul_precision("highest"):
+            return self.visual_projection(self.vision_model(images).pooled)
 
     def __call__(self, images: Images, tokens: Tokens) -> Float[Array, "B B"]:
         """Logits `[images, captions]`: cosines over the temperature, figure 3 of the paper."""
         image, text = unit_norm(self.image_features(images)), unit_norm(self.text_features(tokens))
-        return jnp.exp(self.logit_scale[...]) * image @ text.T
+        with jax.default_matmul_precision("highest"):
+            return jnp.exp(self.logit_scale[...]) * image @ text.T
 
 
 def unit_norm(features: Float[Array, "B P"]) -> Float[Array, "B P"]:

@@ -1,8 +1,9 @@
 """DINOv2's image tower (Oquab et al. 2023, arXiv:2304.07193), as transformers lays it out.
 
 Attributes carry the names that released files have, so parameter paths translate mechanically (`models/names.py`):
-`encoder/layer/block/mlp/fc1/kernel` is `encoder.layer.{i}.mlp.fc1.weight`. Its class token is the feature of FD-DINOv2
-(Stein et al. 2023, arXiv:2306.04675), for which they take the large model, ViT-L/14.
+`encoder/layer/block/mlp/fc1/kernel` is `encoder.layer.{i}.mlp.fc1.weight`. The authors' file has other names, which
+are read too. Its class token is the feature of FD-DINOv2 (Stein et al. 2023, arXiv:2306.04675), for which they take the
+large model, ViT-L/14.
 """
 
 import dataclasses
@@ -34,7 +35,19 @@ NAMES = Names(
         ("value", "attention.value"),
         ("dense", "output.dense"),
     ),
-    unused=(r"^embeddings\.mask_token$",),  # for pretraining alone
+    legacy=(  # the authors' names, of queries, keys and values that `originals` has told apart
+        (r"^cls_token$", "embeddings.cls_token"),
+        (r"^pos_embed$", "embeddings.position_embeddings"),
+        (r"^patch_embed\.proj\.", "embeddings.patch_embeddings.projection."),
+        (r"^blocks\.", "encoder.layer."),
+        (r"\.attn\.proj\.", ".attention.output.dense."),
+        (r"\.attn\.", ".attention.attention."),
+        (r"\.ls(\d)\.gamma$", r".layer_scale\1.lambda1"),
+        (r"\.mlp\.w12\.", ".mlp.weights_in."),
+        (r"\.mlp\.w3\.", ".mlp.weights_out."),
+        (r"^norm\.", "layernorm."),
+    ),
+    unused=(r"^(embeddings\.)?mask_token$",),  # for pretraining alone
 )
 
 
@@ -272,13 +285,15 @@ class Dinov2(nnx.Module):
     def __call__(self, images: Images) -> Float[Array, "B D"]:
         """The class token after the last norm, float32, of images as `preprocess` returns them.
 
-        Raises ValueError for images without a patch.
+        In a network of float32 products are too, where a TPU would round their factors to bfloat16. Raises ValueError
+        for images without a patch.
         """
         if min(images.shape[1:3]) < self.patch_size:
             raise ValueError(
                 f"images are {images.shape[1:3]} pixels; the patches of this network take {self.patch_size}"
             )
-        tokens_BND = self.encoder(self.embeddings(images))
+        with jax.default_matmul_precision("highest"):
+            tokens_BND = self.encoder(self.embeddings(images))
         return self.layernorm(tokens_BND[:, 0]).astype(jnp.float32)
 
 

@@ -1,7 +1,8 @@
 """LPIPS, a learned perceptual distance between images (Zhang et al. 2018, arXiv:1801.03924), version 0.1.
 
 Weights carry torchvision's names in the trunk (`features.0.weight`) and the lpips package's above it
-(`lin0.model.1.weight`); what the package's own `state_dict` holds is read as well.
+(`lin0.model.1.weight`); what the package's own `state_dict` holds is read as well. They were released in two files of
+torch's, of which `python -m ldm_jax.convert` makes a directory.
 """
 
 import dataclasses
@@ -23,6 +24,8 @@ SCALE = (0.458, 0.448, 0.450)
 EPSILON = 1e-10
 CLASS = {"_class_name": "LPIPS"}
 FIXED = {"version": "0.1"}  # 0.0 did not scale its input
+# A TPU's default rounds factors to bfloat16, and small distances are differences of what is almost alike.
+PRECISION = jax.lax.Precision.HIGHEST
 
 
 class Convolution(NamedTuple):
@@ -139,8 +142,8 @@ class LPIPS(nnx.Module):
         self.features = nnx.List(_layers(trunk, config.divisor, rngs))
         for name, tap in zip(_LINS, trunk.taps, strict=True):
             width = self.features[tap - 1].out_features
-            init = nnx.initializers.constant(1 / width)
-            setattr(self, name, nnx.Linear(width, 1, use_bias=False, kernel_init=init, rngs=rngs))
+            options = {"kernel_init": nnx.initializers.constant(1 / width), "precision": PRECISION}
+            setattr(self, name, nnx.Linear(width, 1, use_bias=False, **options, rngs=rngs))
         self.config = config
 
     def __call__(self, images: Images, others: Images) -> Float[Array, " B"]:
@@ -192,5 +195,6 @@ def _convolution(layer: Convolution, inputs: int, outputs: int, rngs: nnx.Rngs) 
         kernel_size=(layer.kernel, layer.kernel),
         strides=(layer.stride, layer.stride),
         padding=layer.padding,
+        precision=PRECISION,
         rngs=rngs,
     )

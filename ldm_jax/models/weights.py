@@ -69,7 +69,12 @@ def lazy(directory: str | os.PathLike, like: Params, names: Names) -> Params:
 
     With them `save` copies networks that fit no host.
     """
-    stored = _Stored(Path(directory), names)
+    return fitted(_in_files(Path(directory)), like, names, where=str(directory))
+
+
+def fitted(tensors: Iterable[tuple[str, Any]], like: Params, names: Names, *, where: str) -> Params:
+    """As `lazy`, of keys and tensors (arrays, or what NumPy makes arrays of), which errors say are in `where`."""
+    stored = _Stored(tensors, names, where)
     expected = entries(like, names)
     stored.check(expected)
     parts: dict[str, list[Entry]] = {}
@@ -139,49 +144,59 @@ def fingerprint(params: Params) -> str:
 
 
 class _Stored:
-    """The tensors that a directory holds, under the keys of an up-to-date file; read one by one."""
+    """Tensors under the keys of an up-to-date file."""
 
-    def __init__(self, directory: Path, names: Names) -> None:
-        self.directory = directory
-        self.tensors: dict[str, tuple[Any, str]] = {}  # the open file, and the key in it
-        self.shapes: dict[str, tuple[int, ...]] = {}
-        for file in _files(directory):
-            self._add(_opened(file), names)
-
-    def _add(self, handle: Any, names: Names) -> None:
-        for key in handle.keys():  # noqa: SIM118  (not a dict)
+    def __init__(self, tensors: Iterable[tuple[str, Any]], names: Names, where: str) -> None:
+        self.where = where
+        self.tensors: dict[str, Any] = {}
+        for key, tensor in tensors:
             name = current_key(key, names)
             if name in self.tensors and name not in names.tied:
-                raise ValueError(f"{self.directory} has two tensors for {name}; the other is {key}")
+                raise ValueError(f"{where} has two tensors for {name}; the other is {key}")
             if name is not None:
-                self.tensors[name] = handle, key
-                self.shapes[name] = tuple(handle.get_slice(key).get_shape())
+                self.tensors[name] = tensor
 
     def check(self, expected: list[Entry]) -> None:
         shapes = {entry.key: entry.shape for entry in expected}
-        missing = sorted(shapes.keys() - self.shapes.keys())
-        leftover = sorted(self.shapes.keys() - shapes.keys())
+        given = {key: tensor.shape for key, tensor in self.tensors.items()}
+        missing = sorted(shapes.keys() - given.keys())
+        leftover = sorted(given.keys() - shapes.keys())
         reshaped = sorted(
-            f"{key} {list(self.shapes[key])}, not {list(shape)}"
+            f"{key} {list(given[key])}, not {list(shape)}"
             for key, shape in shapes.items()
-            if key in self.shapes and _taps_aside(shape) != _taps_aside(self.shapes[key])
+            if key in given and _taps_aside(shape) != _taps_aside(given[key])
         )
         faults = {"lack": missing, "also have": leftover, "have another shape for": reshaped}
         faults = [f"{verb} {_listed(keys)}" for verb, keys in faults.items() if keys]
         if faults:
             raise ValueError(
-                f"the weights in {self.directory} do not fit the network: they {', and '.join(faults)}"
+                f"the weights in {self.where} do not fit the network: they {', and '.join(faults)}"
             )
 
     def read(self, entry: Entry) -> np.ndarray:
         """A parameter, or one layer of it."""
-        handle, key = self.tensors[entry.key]
-        return to_ours(handle.get_tensor(key).reshape(entry.shape), entry.form)
+        return to_ours(np.asarray(self.tensors[entry.key]).reshape(entry.shape), entry.form)
+
+
+@dataclasses.dataclass(frozen=True)
+class _InFile:
+    """A tensor of an open safetensors file, read every time anew."""
+
+    handle: Any
+    key: str
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.handle.get_slice(self.key).get_shape())
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        array = self.handle.get_tensor(self.key)
+        return array if dtype is None else array.astype(dtype, copy=False)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Unread:
-    """A parameter in a directory: the one tensor that it is, or the tensors of its layers."""
+    """A parameter that is not put together yet: the one tensor that it is, or the tensors of its layers."""
 
     stored: _Stored
     parts: list[Entry]
@@ -285,6 +300,13 @@ def _write_json(path: Path, content: Mapping[str, Any]) -> Path:
 def _taps_aside(shape: tuple[int, ...]) -> tuple[int, ...]:
     """Files of different ages hold the same layer as a linear one or as a 1x1 convolution."""
     return shape[:2] if len(shape) == 4 and shape[2:] == (1, 1) else shape
+
+
+def _in_files(directory: Path) -> Iterator[tuple[str, _InFile]]:
+    for file in _files(directory):
+        handle = _opened(file)
+        for key in handle.keys():  # noqa: SIM118  (not a dict)
+            yield key, _InFile(handle, key)
 
 
 def _files(directory: Path) -> list[Path]:

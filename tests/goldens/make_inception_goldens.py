@@ -1,7 +1,7 @@
 """Writes inception/ beside this file: what torch-fidelity's Inception-v3 answers and how it resizes.
 
 Its widths are divided by 16 and its weights drawn at random: `shapes.json` has their names and shapes, `draw` their
-values, so that they need not be stored. Needs torch, torchvision and torch-fidelity:
+values, so that they need not be stored. Needs the extra `parity`:
 
     python tests/goldens/make_inception_goldens.py
 """
@@ -12,6 +12,11 @@ from pathlib import Path
 from unittest import mock
 
 import numpy as np
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+import parity
+
+parity.find_packages()
 
 DIVISOR = 16
 SIZES = ((299, 299), (75, 80), (20, 91), (7, 5))
@@ -43,22 +48,10 @@ def draw_pixels(seed: int) -> np.ndarray:
     return np.clip(np.round(noisy), 0, 255).astype(np.uint8)
 
 
-def import_torch_fidelity():
-    """The package. Its import takes torchvision, whose own takes two operators that not every build of it has."""
-    import torch
-
-    if "torchvision" not in sys.modules:
-        library = torch.library.Library("torchvision", "DEF")
-        for name in ("nms", "qnms"):
-            library.define(f"{name}(Tensor boxes, Tensor scores, float threshold) -> Tensor")
-    import torch_fidelity
-
-    return torch_fidelity
-
-
 def make_network(divisor: int, seed: int):
     """torch-fidelity's network, all widths but that of the classes divided, with weights as `draw` draws them."""
     import torch
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
     layers = torch.nn.modules
     narrow = {
@@ -69,7 +62,7 @@ def make_network(divisor: int, seed: int):
         "Linear": lambda inputs, outputs: layers.Linear(inputs // divisor, outputs),
     }
 
-    class Drawn(import_torch_fidelity().feature_extractor_inceptionv3.FeatureExtractorInceptionV3):
+    class Drawn(FeatureExtractorInceptionV3):
         def load_state_dict(self, _):
             shapes = {key: list(tensor.shape) for key, tensor in self.state_dict().items()}
             drawn = draw(shapes, seed)
@@ -82,8 +75,8 @@ def make_network(divisor: int, seed: int):
 def resized(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """By torch-fidelity's copy of TensorFlow 1's resize_bilinear."""
     import torch
+    from torch_fidelity import interpolate_compat_tensorflow as theirs
 
-    theirs = import_torch_fidelity().interpolate_compat_tensorflow
     images = torch.from_numpy(np.moveaxis(pixels, -1, 1).astype(np.float32))
     answer = theirs.interpolate_bilinear_2d_like_tensorflow1x(images, size, align_corners=False)
     return np.moveaxis(answer.numpy(), 1, -1)

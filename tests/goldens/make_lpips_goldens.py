@@ -1,12 +1,13 @@
 """Writes lpips/ beside this file: narrow networks of the lpips package, and the distances that they measure.
 
 Each holds a config as ours is written, the package's `state_dict` as safetensors, and an `outputs.npz` with pairs of
-images and their distances. Every weight is drawn at random. Needs torch, torchvision and lpips:
+images and their distances. Every weight is drawn at random. Needs the extra `parity`:
 
     python tests/goldens/make_lpips_goldens.py
 """
 
 import json
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -14,12 +15,11 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-if not hasattr(torch.ops.torchvision, "nms"):  # torchvision needs it declared, compiled or not
-    OPERATORS = torch.library.Library("torchvision", "FRAGMENT")
-    for operator in ("nms", "qnms"):
-        OPERATORS.define(f"{operator}(Tensor dets, Tensor scores, float threshold) -> Tensor")
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+import parity
 
-import lpips
+parity.find_packages()
+import lpips  # noqa: E402
 
 DIVISORS = {"alex": 16, "vgg": 32}  # of the widths
 SIZE = (33, 37)

@@ -1,6 +1,5 @@
 """Sets of features to score, and the peers that score them too."""
 
-import contextlib
 import functools
 import importlib
 import warnings
@@ -20,14 +19,8 @@ def two_sets():
 
 @functools.cache
 def peer(name):
-    """A module of torch-fidelity or clean-fid, or a skip; both import torchvision, which is there without operators."""
+    """A module of torch-fidelity or clean-fid; a skip without the extra `parity`."""
+    pytest.importorskip("torch")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        torch = pytest.importorskip("torch")
-        library = torch.library.Library("torchvision", "FRAGMENT")
-        for operator in ("nms", "qnms"):
-            with contextlib.suppress(RuntimeError):  # a torchvision with operators has them defined
-                library.define(f"{operator}(Tensor dets, Tensor scores, float threshold) -> Tensor")
-        pytest.importorskip(name.partition(".")[0])
-        peer.library = library  # what it defines ends with it
         return importlib.import_module(name)

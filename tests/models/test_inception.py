@@ -1,5 +1,4 @@
 import functools
-import importlib.util
 import json
 import runpy
 import warnings
@@ -32,9 +31,8 @@ def script(goldens):
 
 
 def write_live(goldens, directory, **options):
-    """A new directory of torch-fidelity's answers, where it is installed."""
-    if not importlib.util.find_spec("torch_fidelity"):
-        pytest.skip("torch_fidelity is not installed")
+    """A new directory of torch-fidelity's answers, with the extra `parity`."""
+    pytest.importorskip("torch")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         script(goldens)["write"](directory, **options)
@@ -65,6 +63,27 @@ def test_it_answers_as_torch_fidelity_does(goldens, tmp_path):
 def test_it_answers_as_live_torch_fidelity_does(goldens, tmp_path):
     live = write_live(goldens, tmp_path / "live", seed=1)
     check(goldens, live, SMALL, tmp_path)
+
+
+def test_on_one_cpu_it_takes_images_one_by_one_and_answers_alike(goldens, tmp_path):
+    like, _ = network(SMALL)
+    store(goldens, goldens / "inception", tmp_path)
+    params = weights.load(tmp_path, like, SMALL.names)
+    expected = outputs_of(goldens / "inception")
+    images = as_torch_fidelity(to_images(expected["pixels"]))
+    apply = functional(lambda rngs: Inception(SMALL, rngs)).apply
+    mesh = jax.make_mesh((1,), ("data",), (jax.sharding.AxisType.Auto,), devices=jax.devices()[:1])
+    with jax.set_mesh(mesh):
+        (loop,) = loops(jax.make_jaxpr(apply)(params, images))
+        output = jax.jit(apply)(*jax.device_put((params, images), jax.devices()[0]))
+    assert loop.params["length"] == len(images) > 1
+    assert not loops(jax.make_jaxpr(apply)(params, images))
+    for name, given in output._asdict().items():
+        assert error(given, expected[name]) < 1e-5, name
+
+
+def loops(jaxpr):
+    return [equation for equation in jaxpr.eqns if equation.primitive.name == "scan"]
 
 
 @pytest.mark.slow
