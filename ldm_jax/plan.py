@@ -8,7 +8,8 @@ The first compiles the training step and the sampling program of the run for tha
 memory, their time with what of it communication takes, and what the whole run comes to. `--search` looks for the
 layout: mesh, parts of a batch, recomputation. `--program=encoding` plans what makes the latents instead, `--profile`
 says where the time goes. A compilation takes minutes; that of a UNet of 866 M parameters ten, of one of 5 B, or with
-its parameters in parts, an hour or more. Needs jax[tpu]. Time is the compiler's estimate, for which see docs/tpu.md.
+its parameters in parts, hours. `--memory` tells what a chip holds and sends, and not the time, in a few minutes of any.
+Needs jax[tpu]. Time is the compiler's estimate, for which see docs/tpu.md.
 
 `--table` prints every backbone of `ldm_jax.models.sizes`: its parameters and the cost of a forward pass for one image,
 counted layer by layer, beside what its paper prints of them. The cost is in the paper's unit at its size of latents:
@@ -32,15 +33,12 @@ from ldm_jax.models.sizes import SIZES, UNITS
 from ldm_jax.parallel import make_mesh
 from ldm_jax.parallel.aot import topology
 from ldm_jax.parallel.chips import Chip, chip
-from ldm_jax.parallel.cost import OutOfMemory
+from ldm_jax.parallel.collectives import Collective
+from ldm_jax.parallel.cost import Memory, OutOfMemory
+from ldm_jax.scheduled import scheduled
 
 HEADER = ("backbone", "source", "M params", "printed", "", "forward", "", "printed", "", "")
 ROW = "{:<22} {:<11} {:>9} {:>8} {:>7} {:>9} {:<6} {:>8} {:>7}  {}"
-PROGRAMS = {
-    "training": programs.training,
-    "sampling": programs.sampling,
-    "encoding": programs.encoding,
-}
 PLANNED = ("training", "sampling")
 IMAGES = {"sampling": "sampling.batch", "encoding": "data.encode_batch"}
 FOUND = 3  # layouts that `--search` compiles, if they fit
@@ -59,9 +57,11 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     text = "of a chip for an hour, in whatever currency"
     parser.add_argument("--price", type=float, metavar="AMOUNT", help=text)
     text = "one alone: training or sampling, or encoding, which makes the latents"
-    parser.add_argument("--program", choices=tuple(PROGRAMS), help=text)
+    parser.add_argument("--program", choices=tuple(programs.PROGRAMS), help=text)
     text = f"look for the fastest layout of the training step that fits, among the best N (default {FOUND}) that do"
     parser.add_argument("--search", type=int, nargs="?", const=FOUND, metavar="N", help=text)
+    text = "what a chip holds and sends, without the time: in a few minutes, where code takes the compiler hours"
+    parser.add_argument("--memory", action="store_true", help=text)
     text = "where the time goes, by module and by kind of operation"
     parser.add_argument("--profile", action="store_true", help=text)
 
@@ -78,6 +78,8 @@ def main(flags: argparse.Namespace) -> None:
     for name in ("slices", "search"):
         if (number := getattr(flags, name)) is not None and number < 1:
             raise UsageError(f"--{name} is {number}; it is at least 1")
+    if flags.memory and flags.profile:
+        raise UsageError("--memory stops before times are known, and --profile divides them")
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_enable_compilation_cache", False)  # it cannot hold programs for TPUs
     devices = topology(flags.topology, flags.slices)
@@ -91,15 +93,21 @@ def plan(flags: argparse.Namespace, devices: Sequence[Any]) -> Iterator[str]:
     mesh = make_mesh(config.mesh, devices)
     yield from heading(config, flags, mesh)
     for name in (flags.program,) if flags.program else PLANNED:
-        program = PROGRAMS[name](config, mesh)
+        program = programs.PROGRAMS[name](config, mesh)
         yield ""
         try:
+            if flags.memory:
+                found = scheduled(program, config, flags.topology, flags.slices)
+                yield from memory(program, found.memory)
+                yield from communication(found.collectives)
+                continue
             found = programs.compiled(program)
         except OutOfMemory as error:
             yield from refusal(error, program, flags, devices)
             continue
-        yield from memory(found)
+        yield from memory(program, found.cost.memory)
         yield from times(found)
+        yield from communication(found.cost.collectives)
         if name == "training":
             yield from whole_run(config, found, flags.price)
         yield from (f"  warning: {warning}" for warning in found.warnings)
@@ -123,12 +131,14 @@ def heading(config: RunConfig, flags: argparse.Namespace, mesh: jax.sharding.Mes
     )
 
 
-def memory(found: programs.Compiled) -> Iterator[str]:
-    """A device's memory, by what it is for."""
-    cost, given = found.cost.memory, programs.held(found.program)
-    rest = {"temporaries": cost.temporaries, "results": cost.outputs, "program": cost.code}
-    shown = ", ".join(f"{name} {size / GIB:.2f}" for name, size in (given | rest).items())
-    yield f"{found.program.name}: memory of a device, GiB: {shown}; left {cost.left / GIB:.2f}"
+def memory(program: programs.Program, found: Memory) -> Iterator[str]:
+    """A device's memory, by what it is for; that of code where there is code."""
+    rest = {"temporaries": found.temporaries, "results": found.outputs}
+    rest |= {"program": found.code} if found.code else {}
+    held = programs.held(program) | rest
+    shown = ", ".join(f"{name} {size / GIB:.2f}" for name, size in held.items())
+    left = f"left {found.left / GIB:.2f}" + ("" if found.code else " for the program")
+    yield f"{program.name}: memory of a device, GiB: {shown}; {left}"
 
 
 def times(found: programs.Compiled) -> Iterator[str]:
@@ -143,8 +153,12 @@ def times(found: programs.Compiled) -> Iterator[str]:
         f" {cost.ici * 1e3:.1f} over ICI, {cost.dcn * 1e3:.1f} over DCN)"
     )
     yield f"  {rate:.1f} images/s, {rate / count * row.devices:.2f} a chip, MFU {share:.1%}"
+
+
+def communication(found: Sequence[Collective]) -> Iterator[str]:
+    """What a device sends, by kind of collective and by group."""
     sent: dict[Any, list[float]] = collections.defaultdict(lambda: [0, 0.0, 0.0])
-    for each in cost.collectives:
+    for each in found:
         sums = sent[each.kind, each.group, each.slices]
         sums[0] += each.times
         sums[1] += each.times * each.ici_bytes
@@ -198,14 +212,20 @@ def search(flags: argparse.Namespace, devices: Sequence[Any]) -> Iterator[str]:
     for estimate in (fitting or found)[: TRIED * flags.search]:
         run = estimate.layout.applied(config)
         guess = f"arithmetic: {estimate.seconds * 1e3:.0f} ms, {estimate.memory / GIB:.1f} GiB"
+        program = programs.training(run, make_mesh(run.mesh, devices))
         try:
-            done = programs.compiled(programs.training(run, make_mesh(run.mesh, devices)))
+            if flags.memory:
+                done = scheduled(program, run, flags.topology, flags.slices)
+                seconds, held, shown = estimate.seconds, done.memory, ""
+            else:
+                done = programs.compiled(program)
+                seconds, held = done.cost.seconds, done.cost.memory
+                shown = f"{seconds * 1e3:.1f} ms, "
         except OutOfMemory as error:
             yield f"{estimate.layout}: {error} ({guess})"
             continue
-        used = (room - done.cost.memory.left) / GIB
-        yield f"{estimate.layout}: {done.cost.seconds * 1e3:.1f} ms, {used:.1f} GiB ({guess})"
-        best.append((done.cost.seconds, estimate.layout))
+        yield f"{estimate.layout}: {shown}{(room - held.left) / GIB:.1f} GiB ({guess})"
+        best.append((seconds, estimate.layout))
         if len(best) == flags.search:
             break
     if best:

@@ -25,6 +25,7 @@ _log = logging.getLogger(__name__)
 PAUSE = 30.0  # seconds between words on a compilation
 # Seconds of any compilation on two cores, and more for each product of matrices or convolution.
 ANY, PRODUCT = 25.0, 0.52
+SCHEDULE = 90.0  # the same without code
 
 
 class Program(NamedTuple):
@@ -139,6 +140,15 @@ def encoding(config: RunConfig, mesh: Mesh) -> Program:
     return Program("encoding", jit(pretrained.encode_images, mesh), arguments, mesh, flops, rows)
 
 
+PROGRAMS = {"training": training, "sampling": sampling, "encoding": encoding}
+
+
+def lowered(program: Program) -> Any:
+    """The program for its mesh's devices, as `jax.jit(...).lower` gives it."""
+    with jax.set_mesh(program.mesh):
+        return program.function.__wrapped__.lower(*program.arguments.values())
+
+
 def compiled(program: Program) -> Compiled:
     """Compiles, says beforehand about how long that takes, and every now and then that it still goes on.
 
@@ -146,11 +156,10 @@ def compiled(program: Program) -> Compiled:
       OutOfMemory: it does not fit the memory of a device.
       ValueError: as `parallel.cost.cost`.
     """
-    with jax.set_mesh(program.mesh):
-        lowered = program.function.__wrapped__.lower(*program.arguments.values())
+    traced = lowered(program)
     try:
-        with _progress(program.name, ANY + PRODUCT * _products(lowered.as_text())):
-            done = lowered.compile()
+        with progress(program.name, ANY + PRODUCT * _products(traced.as_text())):
+            done = traced.compile()
     except jax.errors.JaxRuntimeError as error:
         if (found := OutOfMemory.read(error)) is None:
             raise
@@ -175,7 +184,8 @@ def held(program: Program) -> dict[str, int]:
 
 
 @contextlib.contextmanager
-def _progress(name: str, expected: float) -> Iterator[None]:
+def progress(name: str, expected: float) -> Iterator[None]:
+    """Says that a program is compiled, how long that takes, every now and then that it goes on, and its end."""
     over, begun = threading.Event(), time.monotonic()
 
     def say() -> None:

@@ -118,7 +118,7 @@ def cost(text: str, memory: Any, devices: Sequence[Device]) -> Cost:
         math.fsum(each.times * each.dcn_seconds for each in sent),
         parts[_COLLECTIVE],
         tuple(sent),
-        _memory(memory, chip(devices[0].device_kind).hbm),
+        memory_of(memory, chip(devices[0].device_kind).hbm),
     )
     _check(result)
     return result
@@ -245,7 +245,8 @@ def _sums(pairs: Any) -> dict[str, float]:
 # ---- memory ----
 
 
-def _memory(memory: Any, hbm: float) -> Memory:
+def memory_of(memory: Any, hbm: float) -> Memory:
+    """By what it is for: of `compiled.memory_analysis()`, on a device with `hbm` bytes. Raises OutOfMemory."""
     given, outputs = memory.argument_size_in_bytes, memory.output_size_in_bytes
     outputs -= memory.alias_size_in_bytes
     # At the peak: the compiler's size of temporaries counts fast memory and what is never there at the same time.

@@ -1,0 +1,75 @@
+"""Programs of a run compiled up to code generation: what a chip holds and sends, in minutes where code takes hours."""
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+
+from ldm_jax import programs
+from ldm_jax.config import RunConfig
+from ldm_jax.configuration import from_json, to_json
+from ldm_jax.parallel import make_mesh
+from ldm_jax.parallel.aot import topology
+from ldm_jax.parallel.chips import chip
+from ldm_jax.parallel.collectives import Collective, collectives
+from ldm_jax.parallel.cost import Memory, OutOfMemory, memory_of
+from ldm_jax.parallel.schedule import Schedule, run_to_schedule
+
+NO_ROOM = 3  # exit status of the process that compiles: the program does not fit
+
+
+class Scheduled(NamedTuple):
+    """A program with the memory and the collectives that the compiler gave it."""
+
+    program: programs.Program
+    memory: Memory  # without code
+    collectives: list[Collective]
+
+
+def scheduled(program: programs.Program, config: RunConfig, slice_: str, slices: int) -> Scheduled:
+    """Compiles a program of `programs`, built of `config` for slices such as "v5e:16x16", without its code.
+
+    Raises:
+      OutOfMemory: it does not fit the memory of a device.
+      RuntimeError: the compiler failed.
+      ValueError: as `collectives`.
+    """
+    given = {"config": to_json(config), "topology": slice_, "slices": slices, "name": program.name}
+    with programs.progress(program.name, programs.SCHEDULE):
+        command = [sys.executable, "-m", "ldm_jax.scheduled"]
+        found = run_to_schedule(command, os.environ, json.dumps(given))
+    if not isinstance(found, Schedule):
+        said = found.stdout.strip().splitlines()
+        if found.returncode == NO_ROOM:
+            raise OutOfMemory(*json.loads(said[-1]))
+        raise RuntimeError(
+            f"the compiler of {program.name} ended with status {found.returncode}: {said[-3:]}"
+        )
+    devices = list(program.mesh.devices.flat)
+    memory = memory_of(found.memory, chip(devices[0].device_kind).hbm)
+    return Scheduled(program, memory, collectives(found.text, devices))
+
+
+def compile_given(text: str) -> int:
+    """What the process that compiles does; the exit status."""
+    given: dict[str, Any] = json.loads(text)
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_enable_compilation_cache", False)
+    config = from_json(given["config"], RunConfig)
+    devices: Sequence[Any] = topology(given["topology"], given["slices"])
+    program = programs.PROGRAMS[given["name"]](config, make_mesh(config.mesh, devices))
+    try:
+        programs.lowered(program).compile()
+    except jax.errors.JaxRuntimeError as error:
+        if (found := OutOfMemory.read(error)) is None:
+            raise
+        print(json.dumps([found.needed, found.available]))
+        return NO_ROOM
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(compile_given(sys.stdin.read()))
