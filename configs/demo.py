@@ -45,6 +45,11 @@ def get_config():
                 save_every=20_000,
             ),
             sampling=SamplingConfig(steps=20, guidance=3.0, batch=64),
-            eval=EvalConfig(every=20_000, prompts="scenes:simple?count=128", shown=32),
+            eval=EvalConfig(
+                every=20_000,
+                prompts="scenes:simple?count=256",
+                reference="scenes:simple?count=1000&split=all&seed=2",
+                shown=32,
+            ),
         )
     )

@@ -17,11 +17,9 @@ from ldm_jax import diffusion
 from ldm_jax.config import CHECKPOINTS, RunConfig
 from ldm_jax.data.latents import Autoencoder, Manifest, main_captions
 from ldm_jax.data.loader import Loader, fixed_batch
-from ldm_jax.evals.evaluator import Evaluator, Scorer, proceed
-from ldm_jax.evals.faithfulness import Faithfulness
+from ldm_jax.evals.evaluator import Evaluator, Viewer, proceed
 from ldm_jax.evals.generation import Generate, make_generate
 from ldm_jax.evals.prompts import Prompts, read_prompts
-from ldm_jax.metrics.clip_score import CLIPScore
 from ldm_jax.models import weights
 from ldm_jax.models.axes import TABLE
 from ldm_jax.models.networks import make_network
@@ -284,26 +282,17 @@ def make_prompts(config: RunConfig, workdir: epath.PathLike) -> Prompts:
 
 
 def make_evaluator(
-    config: RunConfig, prompts: Prompts, network: Functional, pretrained: Pretrained, mesh: Mesh
+    config: RunConfig,
+    prompts: Prompts,
+    network: Functional,
+    pretrained: Pretrained,
+    viewer: Viewer,
 ) -> Evaluator:
-    """The scores that can be had of these prompts with these frozen networks."""
-    texts = list(prompts.texts)
-    scorers = {}
-    if pretrained.clip is not None:
-        metric = CLIPScore(pretrained.clip.apply, pretrained.clip.config.vision.image_size)
-        scorers["clip_score"] = Scorer(
-            metric, "clip", pretrained.clip_tokenizer(texts), prompts.groups
-        )
-    tokens = pretrained.text(texts)
-    if pretrained.reader is not None and prompts.scenes:
-        metric = Faithfulness(pretrained.reader.apply)
-        scorers["faithfulness"] = Scorer(metric, "reader", tokens, prompts)
+    """What draws one image a prompt, and looks at it."""
     return Evaluator(
         make_sampling(config, network, pretrained),
-        scorers,
-        tokens=tokens,
+        viewer,
+        tokens=pretrained.text(list(prompts.texts)),
         empty=pretrained.text([""]),
         key=key(config, "eval"),
-        mesh=mesh,
-        batch=config.sampling.batch,
     )

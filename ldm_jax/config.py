@@ -10,7 +10,15 @@ from typing import Any
 
 from etils import epath
 
-from ldm_jax.configuration import CONFIG_FILE, choice, config_difference, from_json, one_of, to_json
+from ldm_jax.configuration import (
+    CONFIG_FILE,
+    check_name,
+    choice,
+    config_difference,
+    from_json,
+    one_of,
+    to_json,
+)
 from ldm_jax.data.captions import CaptionPolicy
 from ldm_jax.data.durable import write_atomically
 from ldm_jax.diffusion import (
@@ -34,6 +42,7 @@ from ldm_jax.diffusion import (
     Uniform,
     Weighting,
 )
+from ldm_jax.evals import METRICS
 from ldm_jax.models import BACKBONES, Backbone
 from ldm_jax.models.unet_config import UNetConfig
 from ldm_jax.parallel.mesh import MeshConfig
@@ -120,19 +129,25 @@ class EvalConfig:
     """Evaluation in the loop, and of `ldm_jax.evaluate`."""
 
     every: int = 100_000  # examples between evaluations
-    prompts: str = (
-        "scenes:simple?count=64"  # scenes:PRESET?count=64, file:PATH or captions:64 (of the data)
-    )
+    # scenes:PRESET?count=64, captions:64 (of the data), or file:PATH, coco:PATH, parti:PATH, tifa:PATH
+    prompts: str = "scenes:simple?count=64"
     weights: str = one_of(WEIGHTS, "ema")  # which parameters are evaluated
     shown: int = 16  # images in the grid
     validation: int = 256  # records of the validation loss; 0: none
     levels: tuple[float, ...] = (0.1, 0.3, 0.5, 0.7, 0.9)  # its noise levels, times in (0, 1)
-    clip: str | None = (
-        None  # directory of the CLIP that scores; none: `clip` beside the pretrained models
-    )
+    metrics: tuple[str, ...] = ()  # names of scores; none: all that can be had
+    # images that scores of sets are compared with: a source as data.source, or what ldm_jax.reference wrote (.npz)
+    reference: str | None = None
+    # directory of the network that scores; none: that of its name beside the pretrained models
+    clip: str | None = None
+    inception: str | None = None  # as clip: FID's Inception-v3
+    dinov2: str | None = None  # as clip
+    lpips: str | None = None  # as clip
 
     def __post_init__(self) -> None:
         _at_least_one(self, "every", "shown")
+        for name in self.metrics:
+            check_name(name, METRICS, "eval.metrics")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,6 +185,12 @@ MAY_CHANGE = (
     "train.profile",
     "eval.every",
     "eval.shown",
+    "eval.metrics",
+    "eval.reference",
+    "eval.clip",
+    "eval.inception",
+    "eval.dinov2",
+    "eval.lpips",
     "sampling.batch",
     "mesh.*",
     "data.workers",

@@ -1,68 +1,303 @@
-"""Scores a trained model on its prompts: samples, every score with its interval, and the validation loss.
+"""Scores a trained model, or anybody's images, on prompts: every score with its interval, a table and a page.
 
-    python -m ldm_jax.evaluate --workdir=runs/demo --config.sampling.guidance=3 --config.sampling.steps=20
     python -m ldm_jax.evaluate --workdir=runs/demo --config.eval.prompts="scenes:simple?count=512&seed=7"
+    python -m ldm_jax.evaluate --workdir=runs/demo --samplers=ddim,ddpm --steps=10,20 --guidance=1,3,7.5 --seeds=0,1
+    python -m ldm_jax.evaluate --workdir=runs/other --config=configs/photos.py --images=folder:/their/images
+    python -m ldm_jax.evaluate --workdir=runs/other --against=runs/demo/evaluated/ddim-20-g3-s0-0123abcd
 
-The scores are printed as a table and appended to WORKDIR/scores.jsonl with the settings they were had with.
+The first evaluates the newest checkpoint as the run samples; the second every combination of what it names, and several
+seeds together, too. The third looks at images with their captions (any source of `data.source`), of data.size pixels;
+with --truth also at the images that they should be: PSNR, SSIM, LPIPS. --against tests whether a model is better than
+another one, on the same prompts and noise; --over averages runs of several seeds.
+
+Scores are appended to WORKDIR/scores.jsonl with all that they depend on, and shown in WORKDIR/evaluation.html. Killed
+at any moment, the same command continues where it stopped; what is finished is not drawn again.
 """
 
 import argparse
+import contextlib
+import dataclasses
+import functools
+import itertools
 import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
+import numpy as np
 from etils import epath
+from jax.sharding import Mesh
 
 from ldm_jax import build
-from ldm_jax.config import RunConfig
+from ldm_jax.config import RunConfig, SamplingConfig
 from ldm_jax.configuration import to_json
-from ldm_jax.evals.image_grids import save_grid
-from ldm_jax.flags import run_command
+from ldm_jax.data import open_source
+from ldm_jax.data.durable import alone_in, write_atomically
+from ldm_jax.data.sources import Source, provenance
+from ldm_jax.diffusion import SAMPLERS
+from ldm_jax.evals.cells import DIRECTORY, Cell
+from ldm_jax.evals.evaluator import Part
+from ldm_jax.evals.page import evaluation_page
+from ldm_jax.evals.prompts import Prompts
+from ldm_jax.evals.references import SourceImages
+from ldm_jax.evals.session import (
+    Session,
+    Work,
+    compared,
+    evaluated,
+    over_runs,
+    over_seeds,
+    seeds_of,
+)
+from ldm_jax.flags import UsageError, run_command
+from ldm_jax.metrics.paired import Paired
 from ldm_jax.parallel import distributed, make_mesh
-from ldm_jax.pretrained import load_pretrained
-from ldm_jax.scaling.records import append_line
-from ldm_jax.types import Estimate
+from ldm_jax.pretrained import load_pretrained, load_scoring
+from ldm_jax.scoring import Scoring, identity, make_reference, make_scoring
+from ldm_jax.types import Images
+
+PAGE = "evaluation.html"
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags of this command."""
+    distributed.add_flags(parser)
+    text = f"samplers to compare, of {', '.join(SAMPLERS)} (default: the run's)"
+    parser.add_argument("--samplers", type=_names, metavar="A,B", help=text)
+    text = "numbers of sampling steps (default: the run's)"
+    parser.add_argument("--steps", type=_list(int), metavar="N,M", help=text)
+    text = "scales of guidance (default: the run's)"
+    parser.add_argument("--guidance", type=_list(float), metavar="X,Y", help=text)
+    text = "seeds of the noise, an image a prompt of each (default 0)"
+    parser.add_argument("--seeds", type=_list(int), metavar="N,M", help=text)
+    text = "look at these images, not at a model's: folder:PATH or another source, with captions as prompts"
+    parser.add_argument("--images", metavar="SOURCE", help=text)
+    text = "with --images: those that they should be, in the same order"
+    parser.add_argument("--truth", metavar="SOURCE", help=text)
+    text = "an evaluation to test against: its directory, RUN/evaluated/NAME"
+    parser.add_argument("--against", metavar="DIRECTORY", help=text)
+    text = (
+        "evaluations of runs of other seeds: the mean of all, whose interval holds for other seeds"
+    )
+    parser.add_argument("--over", type=lambda x: x.split(","), metavar="DIRECTORY,...", help=text)
+    text = "write every image into its evaluation's directory, with its prompt in metadata.jsonl"
+    parser.add_argument("--keep", action="store_true", help=text)
 
 
 def main(flags: argparse.Namespace) -> None:
-    """Evaluates the newest checkpoint."""
+    """Evaluates, and says what came of it."""
+    given = [name for name in ("samplers", "steps", "guidance", "seeds") if getattr(flags, name)]
+    if flags.images and given:
+        raise UsageError(f"--{given[0]} is for a model's images, and --images gives others")
+    if flags.truth and not flags.images:
+        raise UsageError("--truth goes with --images")
     with distributed.joined(flags):
-        run(flags.config, flags.workdir)
+        flags.workdir.mkdir(parents=True, exist_ok=True)
+        directory = flags.workdir / DIRECTORY
+        directory.mkdir(exist_ok=True)
+        with alone_in(directory) if distributed.is_first() else contextlib.nullcontext():
+            run(flags.config, flags.workdir, flags)
 
 
-def run(config: RunConfig, workdir: epath.Path) -> None:
-    """Draws, scores, and says what came of it; of several processes the first one says it."""
+def run(config: RunConfig, workdir: epath.Path, flags: argparse.Namespace) -> None:
+    """Makes every evaluation that is not there; of several processes the first one writes and says it."""
     mesh = make_mesh(config.mesh)
+    session, works = (of_images if flags.images else of_model)(config, workdir, flags, mesh)
+    cells = {}
+    for work in works:
+        cell = Cell(workdir, work.label, work.facts)
+        cells[cell] = evaluated(session, work, cell)
+    if not distributed.is_first():
+        return
+    for line in [*cells.values(), *(over_seeds(session, group) for group in seeds_of(cells))]:
+        print(table(line), end="\n\n")
+    for cell in cells if flags.over else ():
+        print(table(over_runs(session, cell, flags.over)), end="\n\n")
+    if flags.against:
+        for cell in cells:
+            found = compared(session, cell, flags.against)
+            print(f"{cell.name} less {flags.against}", *differences(found), sep="\n", end="\n\n")
+    page = workdir / PAGE
+    write_atomically(page, evaluation_page(workdir).encode())
+    print(f"{len(session.scores.prompts.texts)} prompts; all evaluations in {page}")
+
+
+def of_model(
+    config: RunConfig, workdir: epath.Path, flags: argparse.Namespace, mesh: Mesh
+) -> tuple[Session, Iterator[Work]]:
+    """Every combination of samplers, steps, guidance and seeds of the newest checkpoint."""
     pretrained = load_pretrained(config, mesh)
     network = build.make_backbone(config, pretrained)
     examples, params = build.load_weights(config, workdir, network, pretrained, mesh)
     prompts = build.make_prompts(config, workdir)
-    evaluator = build.make_evaluator(config, prompts, network, pretrained, mesh)
-    validate = build.make_validation(config, workdir, network, pretrained, mesh)
-    evaluation = evaluator(params, pretrained.params, config.sampling.guidance)
-    losses = validate(params, pretrained.params)
-    if not distributed.is_first():
-        return
-    picture = workdir / "samples" / "evaluated.png"
-    save_grid(picture, evaluation.images[: config.eval.shown])
-    line = {
-        "examples": examples,
-        "scores": evaluation.scores,
-        "validation": losses,
-        "config": json.loads(to_json(config)),
+    networks, frozen = pretrained.scoring, pretrained.params
+    reference = make_reference(config, workdir, networks, mesh)
+    tokenizer = pretrained.clip_tokenizer
+    scoring = make_scoring(config, prompts, networks, tokenizer, mesh, reference=reference)
+    losses = build.make_validation(config, workdir, network, pretrained, mesh)(params, frozen)
+    model = {"examples": examples, "weights": config.eval.weights}
+    shared = facts_of(model, config.eval.prompts, prompts, scoring, networks)
+
+    def works() -> Iterator[Work]:
+        for sampling in samplings(config.sampling, flags):
+            own = dataclasses.replace(config, sampling=sampling)
+            evaluator = build.make_evaluator(own, prompts, network, pretrained, scoring.viewer)
+            for guidance in flags.guidance or [sampling.guidance]:
+                for seed in flags.seeds or [0]:
+                    facts = sampling_facts(sampling, guidance) | {"noise": [config.seed, seed]}
+                    drawn = functools.partial(evaluator.parts, params, frozen, guidance, seed=seed)
+                    again = functools.partial(
+                        evaluator.images_of, params, frozen, guidance, seed=seed
+                    )
+                    yield Work(label(facts), shared | facts, drawn, again)
+
+    return session_of(config, workdir, scoring, losses, flags), works()
+
+
+def of_images(
+    config: RunConfig, workdir: epath.Path, flags: argparse.Namespace, mesh: Mesh
+) -> tuple[Session, Iterator[Work]]:
+    """Images of a source with their captions, and those that they should be, if these are given."""
+    source = open_source(flags.images)
+    networks, tokenizer = load_scoring(config, mesh)
+    reference = make_reference(config, workdir, networks, mesh)
+    truth = read_truth(config, source, flags.truth) if flags.truth else None
+    prompts = prompts_of(source)
+    scoring = make_scoring(
+        config, prompts, networks, tokenizer, mesh, reference=reference, truth=truth
+    )
+    frozen = {name: network.params for name, network in networks.items()}
+    facts = facts_of(provenance(source), flags.images, prompts, scoring, networks)
+    facts |= {"truth": flags.truth and provenance(open_source(flags.truth))}
+
+    def parts(start: int, kept: int) -> Iterator[tuple[int, Part]]:
+        images = exact_images(config, source, start)
+        for first, features in scoring.viewer.parts(frozen, images, start):
+            yield first, Part(features)
+
+    def some(numbers: Sequence[int]) -> Images:
+        images = exact_images(config, source)
+        return np.concatenate([images[number] for number in numbers])
+
+    work = Work("images", facts | {"sampling": {}, "noise": []}, parts, some)
+    return session_of(config, workdir, scoring, {}, flags), iter([work])
+
+
+def session_of(
+    config: RunConfig,
+    workdir: epath.Path,
+    scoring: Scoring,
+    validation: Mapping[str, float],
+    flags: argparse.Namespace,
+) -> Session:
+    """What all evaluations of this call share."""
+    told = {"reference": config.eval.reference, "config": json.loads(to_json(config))}
+    return Session(workdir, scoring.scores, validation, config.eval.shown, flags.keep, told)
+
+
+def exact_images(config: RunConfig, source: Source, start: int = 0) -> SourceImages:
+    """The images of a source that belong to prompts, from one on."""
+    size, batch, workers = config.data.size, config.sampling.batch, config.data.workers
+    return SourceImages(source, size=size, batch=batch, workers=workers, exact=True, start=start)
+
+
+def read_truth(config: RunConfig, source: Source, spec: str) -> Images:
+    """The images that those of `source` should be. Raises ValueError where they are not as many."""
+    truth = open_source(spec)
+    if len(truth) != len(source):
+        raise ValueError(f"--truth has {len(truth)} images, and --images has {len(source)}")
+    return np.concatenate(list(exact_images(config, truth)))
+
+
+def prompts_of(source: Source) -> Prompts:
+    """The main captions of a source, "" where an image has none."""
+    captions = [source[number].captions for number in range(len(source))]
+    texts = tuple(each[0] if each else "" for each in captions)
+    return Prompts(texts, ("",) * len(texts))
+
+
+def facts_of(
+    model: Mapping[str, Any],
+    spec: str,
+    prompts: Prompts,
+    scoring: Scoring,
+    networks: Mapping[str, Any],
+) -> dict[str, Any]:
+    """What decides features, but for how they are sampled."""
+    extractors = {metric.extractor for metric in scoring.scores.metrics.values()}
+    return {
+        "model": dict(model),
+        "prompts": {"spec": spec, "digest": prompts.digest, "count": len(prompts.texts)},
+        "networks": {name: identity(name, networks) for name in sorted(extractors)},
     }
-    append_line(workdir / "scores.jsonl", line)
-    print(table(evaluation.scores, losses))
-    print(f"{len(prompts.texts)} prompts, {examples} examples of training; samples in {picture}")
 
 
-def table(scores: dict[str, Estimate], losses: dict[str, float]) -> str:
-    """One score a line, with its 95% interval and the number of prompts behind it."""
-    rows = [
-        f"{name:<28} {score.value:8.4f}   [{score.low:.4f}, {score.high:.4f}]   n={score.count}"
-        for name, score in scores.items()
+def samplings(sampling: Any, flags: argparse.Namespace) -> Iterator[Any]:
+    """The settings of sampling for each sampler and number of steps that the flags name."""
+    own = sampling.sampler
+    named = [
+        own if isinstance(own, SAMPLERS[name]) else SAMPLERS[name]()
+        for name in flags.samplers or ()
     ]
-    rows += [f"{f'validation loss at {level}':<28} {loss:8.4f}" for level, loss in losses.items()]
+    for sampler, steps in itertools.product(named or [own], flags.steps or [sampling.steps]):
+        yield dataclasses.replace(sampling, sampler=sampler, steps=steps)
+
+
+def sampling_facts(sampling: SamplingConfig, guidance: float) -> dict[str, Any]:
+    """How images are drawn; their number at a time decides nothing."""
+    facts = json.loads(to_json(sampling)) | {"guidance": guidance}
+    del facts["batch"]
+    return {"sampling": facts}
+
+
+def label(facts: Mapping[str, Any]) -> str:
+    """What an evaluation is called, but for the digest of its facts."""
+    sampling, (_, seed) = facts["sampling"], facts["noise"]
+    name, steps = sampling["sampler"]["name"], sampling["steps"]
+    return f"{name}-{steps}-g{sampling['guidance']:g}-s{seed}"
+
+
+def table(line: Mapping[str, Any]) -> str:
+    """One score a line, with its 95% interval and the number of images behind it."""
+    rows = [line["cell"]]
+    for name, score in line["scores"].items():
+        value, low, high, count = score
+        rows.append(f"{name:<28} {value:8.4f}   [{low:.4f}, {high:.4f}]   n={count}")
+    for level, loss in line["validation"].items():
+        rows.append(f"{f'validation loss at {level}':<28} {loss:8.4f}")
+    if line.get("drawn"):
+        rate = line["images_per_second"]
+        rows.append(f"{line['drawn']} images, {rate:.1f} a second on {line['chips']}")
     return "\n".join(rows)
 
 
+def differences(found: Mapping[str, Paired]) -> Iterator[str]:
+    """One difference a line, with its 95% interval and the p of no difference."""
+    for name, ((value, low, high, _), p) in found.items():
+        yield f"{name:<28} {value:+8.4f}   [{low:+.4f}, {high:+.4f}]   p={p:.4f}"
+
+
+def _list(kind: type) -> Callable[[str], list[Any]]:
+    """A parser of values with commas between them; argparse makes a sentence of what it raises."""
+
+    def parse(text: str) -> list[Any]:
+        try:
+            return [kind(part) for part in text.split(",")]
+        except ValueError:
+            raise argparse.ArgumentTypeError(
+                f"{text!r} is no list of {'whole ' if kind is int else ''}numbers with commas between them"
+            ) from None
+
+    return parse
+
+
+def _names(text: str) -> list[str]:
+    names = text.split(",")
+    if unknown := [name for name in names if name not in SAMPLERS]:
+        raise argparse.ArgumentTypeError(
+            f"there is no sampler {unknown[0]!r}; there are {', '.join(SAMPLERS)}"
+        )
+    return names
+
+
 if __name__ == "__main__":
-    run_command(main, RunConfig, description=__doc__, add_flags=distributed.add_flags)
+    run_command(main, RunConfig, description=__doc__, add_flags=add_flags)

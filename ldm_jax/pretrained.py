@@ -2,8 +2,7 @@
 
 import dataclasses
 import functools
-import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,8 +12,12 @@ from jax.sharding import Mesh
 from ldm_jax.config import EMBEDDED, RunConfig
 from ldm_jax.models import weights
 from ldm_jax.models.axes import TABLE
-from ldm_jax.models.clip import CLIPTextConfig
+from ldm_jax.models.clip import CLIPConfig, CLIPTextConfig
+from ldm_jax.models.dinov2 import Dinov2Config
+from ldm_jax.models.inception import InceptionConfig
+from ldm_jax.models.lpips import LPIPSConfig
 from ldm_jax.models.networks import described, make_network
+from ldm_jax.models.reader import ReaderConfig
 from ldm_jax.models.released import AUTOENCODER, TEXT
 from ldm_jax.models.t5 import T5Config
 from ldm_jax.models.text import T5_LENGTH, Ids, Text
@@ -23,7 +26,14 @@ from ldm_jax.models.tokenizer import Tokenizer
 from ldm_jax.parallel import shardings
 from ldm_jax.types import Cond, Images, Latent, Params, Tokens
 
-_log = logging.getLogger(__name__)
+# The networks that score, by the name of their directory.
+SCORING = {
+    "clip": CLIPConfig,
+    "reader": ReaderConfig,
+    "inception": InceptionConfig,
+    "dinov2": Dinov2Config,
+    "lpips": LPIPSConfig,
+}
 
 
 class Network(NamedTuple):
@@ -35,21 +45,20 @@ class Network(NamedTuple):
 
 
 class Pretrained(NamedTuple):
-    """The frozen networks of one directory; `clip` and `reader` only where it has them."""
+    """The frozen networks of a run; of those that score, by name (`SCORING`), the ones that are there."""
 
     autoencoder: Network
     text: Text
     text_params: tuple[Params, ...]
-    clip: Network | None
+    scoring: Mapping[str, Network]
     clip_tokenizer: Tokenizer | None
-    reader: Network | None
     tile: int  # latent rows and columns that are decoded at a time; 0: all
 
     @property
     def params(self) -> Params:
         """The parameters of all networks, an argument of the jitted programs."""
-        networks = {name: x.params for name, x in self._asdict().items() if isinstance(x, Network)}
-        return {**networks, "text": self.text_params}
+        scoring = {name: network.params for name, network in self.scoring.items()}
+        return {**scoring, "autoencoder": self.autoencoder.params, "text": self.text_params}
 
     def encode(self, frozen: Params, text: Tokens | Cond) -> Cond:
         """Tokens through the text encoders; text that is encoded already as it is."""
@@ -71,36 +80,63 @@ class Pretrained(NamedTuple):
 def load_pretrained(config: RunConfig, mesh: Mesh) -> Pretrained:
     """Reads the directory `config.pretrained`, in Stable Diffusion's layout as diffusers writes it, onto the mesh.
 
-    That is `vae`, `text_encoder` and `tokenizer`, and in SDXL's case `text_encoder_2` and `tokenizer_2`; beside them it
-    may hold `clip`, a CLIPModel with its tokenizer that scores, and `reader`, which answers questions about scenes. A
-    score whose network is not there is left out, and it is said. The text encoders are read as `config.text_precision`
-    and compute in it; all else is float32.
+    That is `vae`, `text_encoder` and `tokenizer`, and in SDXL's case `text_encoder_2` and `tokenizer_2`; what scores is
+    as `load_scoring` has it. The text encoders are read as `config.text_precision` and compute in it; all else is
+    float32.
 
     Raises:
       FileNotFoundError, ValueError: no such directory, weights that are missing or of another shape, or a
         tokenizer that does not fit its text encoder.
     """
-    directory = pretrained_directory(config)
-    clip = Path(config.eval.clip) if config.eval.clip else directory / "clip"
-    if not clip.is_dir():
-        _log.warning("There is no CLIP score: %s is no directory (eval.clip names one).", clip)
-    load = functools.partial(
-        _load, place=functools.partial(shardings, table=TABLE, rules=config.mesh.pairs, mesh=mesh)
-    )
+    directory, load = pretrained_directory(config), _loader(config, mesh)
+    scoring, tokenizer = load_scoring(config, mesh)
     text, text_params = _load_text(directory, config, load)
-    reader = directory / "reader"
-    pretrained = Pretrained(
+    return Pretrained(
         autoencoder=load(directory / "vae"),
         text=text,
         text_params=text_params,
-        clip=load(clip) if clip.is_dir() else None,
-        clip_tokenizer=Tokenizer.from_directory(clip) if clip.is_dir() else text.tokenizers[0],
-        reader=load(reader) if reader.is_dir() else None,
+        scoring=scoring,
+        clip_tokenizer=tokenizer,
         tile=config.sampling.tile,
     )
-    if pretrained.clip is not None:
-        _check_tokenizer(clip, pretrained.clip_tokenizer, pretrained.clip.config.text)
-    return pretrained
+
+
+def load_scoring(config: RunConfig, mesh: Mesh) -> tuple[dict[str, Network], Tokenizer | None]:
+    """The networks that score, by name, and CLIP's tokenizer: those of `SCORING` that are there.
+
+    Each is a directory in the layout of transformers or of `ldm_jax.convert`: the one that `config.eval` names, or the
+    one of its name in `config.pretrained`. Embedded are `clip` and `reader`, which answers questions about scenes.
+
+    Raises:
+      FileNotFoundError, ValueError: as `load_pretrained`; or a directory that the config names is not there.
+    """
+    directory, load = pretrained_directory(config), _loader(config, mesh)
+    networks = {}
+    for name in SCORING:
+        named = getattr(config.eval, name, None)
+        path = Path(named or directory / name)
+        if path.is_dir():
+            networks[name] = load(path)
+            _check_kind(networks[name], name, path)
+        elif named:
+            raise FileNotFoundError(f"eval.{name} is {named!r}, and there is no such directory")
+    if "clip" not in networks:
+        return networks, None
+    path = Path(config.eval.clip or directory / "clip")
+    tokenizer = Tokenizer.from_directory(path)
+    _check_tokenizer(path, tokenizer, networks["clip"].config.text)
+    return networks, tokenizer
+
+
+def _check_kind(network: Network, name: str, path: Path) -> None:
+    if not isinstance(network.config, SCORING[name]):
+        kind = type(network.config).__name__.removesuffix("Config")
+        raise ValueError(f"{path} holds a network of the kind {kind}, and is to be the {name}")
+
+
+def _loader(config: RunConfig, mesh: Mesh) -> Callable[..., Network]:
+    place = functools.partial(shardings, table=TABLE, rules=config.mesh.pairs, mesh=mesh)
+    return functools.partial(_load, place=place)
 
 
 def abstract_pretrained(config: RunConfig, mesh: Mesh) -> tuple[Pretrained, str]:
@@ -132,7 +168,7 @@ def abstract_pretrained(config: RunConfig, mesh: Mesh) -> tuple[Pretrained, str]
         for text in texts
     )
     text = Text(ids, configs, applies, config.data.size)
-    return Pretrained(vae, text, params, None, None, None, config.sampling.tile), origin
+    return Pretrained(vae, text, params, {}, None, config.sampling.tile), origin
 
 
 def _abstract(config: Any, dtype: str, place: Callable[[Params], Any]) -> Network:

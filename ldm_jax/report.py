@@ -15,15 +15,12 @@ A run that was killed and continued repeats lines: for one count of examples, th
 """
 
 import argparse
-import base64
 import dataclasses
 import html
-import io
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from string import Template
 from typing import Any
 
 import matplotlib
@@ -35,17 +32,15 @@ from PIL import Image
 
 from ldm_jax.data.durable import write_atomically
 from ldm_jax.flags import any_path, run_command
-from ldm_jax.scaling import plots
+from ldm_jax.scaling import pages, plots
+from ldm_jax.scaling.pages import COLUMNS, MAX_TILE
 from ldm_jax.scaling.records import RunRecord, read_lines, read_records
 from ldm_jax.types import Estimate
 
 Line = dict[str, Any]
 
 PARTS = ("config.json", "metrics.jsonl", "evaluations.jsonl", "prompts.json", "references.json")
-COLUMNS, GAP = 8, 2  # of a grid: images in a row, and white pixels around each
 MAX_SHEETS = 12  # grids on the page, evenly over the run
-MAX_TILE = 160  # pixels of an image's side on the page
-CHART = (4.2, 2.6)  # inches
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +82,8 @@ def read_run(workdir: epath.PathLike) -> Run:
 def page(run: Run) -> str:
     """The whole page; what the run does not have is said in its place."""
     styles, samples = _samples(run)
-    return Template(Path(__file__).with_suffix(".html").read_text()).substitute(
+    return pages.fill(
+        Path(__file__).with_suffix(".html"),
         title=html.escape(run.workdir.resolve().name),
         summary=html.escape(_summary(run)),
         styles=styles,
@@ -139,7 +135,7 @@ def _summary(run: Run) -> str:
     parts = [f"{_short(seen)} examples"]
     if run.record:
         network = f"{_short(run.record.params)} parameters"
-        parts = [network, *parts, f"{_duration(run.record.seconds)} on {run.record.chips}"]
+        parts = [network, *parts, f"{pages.duration(run.record.seconds)} on {run.record.chips}"]
     return " · ".join(parts)
 
 
@@ -147,7 +143,7 @@ def _samples(run: Run) -> tuple[str, str]:
     """The grids as style rules, and the gallery whose tiles show their places of the chosen grid."""
     found = [line for line in run.evaluations if (run.workdir / line.get("samples", "-")).is_file()]
     if not found:
-        return "", _missing("No evaluation of this run has left a grid of images.")
+        return "", pages.missing("No evaluation of this run has left a grid of images.")
     chosen = _spread(found, MAX_SHEETS)
     paths = [run.workdir / line["samples"] for line in chosen]
     labels = [f"after {line['examples']:,} examples" for line in chosen]
@@ -157,7 +153,7 @@ def _samples(run: Run) -> tuple[str, str]:
         labels.append("true images")
     sheets = [sheet(path) for path in paths]
     styles = "\n".join(
-        f"  .sheet{i} .tile {{ background-image: url(data:image/png;base64,{_png(image)}); }}"
+        f"  .sheet{i} .tile {{ background-image: url({pages.data_address(image)}); }}"
         for i, image in enumerate(sheets)
     )
     gallery = _gallery(run, sheets[last].height * COLUMNS // sheets[last].width)
@@ -174,20 +170,10 @@ def _spread(lines: list[Line], count: int) -> list[Line]:
 
 def sheet(path: epath.PathLike) -> Image.Image:
     """A grid without its gaps, its images no larger than the page shows them."""
-    with Image.open(io.BytesIO(epath.Path(path).read_bytes())) as image:
-        pixels = np.asarray(image.convert("RGB"))[GAP:, GAP:]
-    side = pixels.shape[1] // COLUMNS
-    tiles = rearrange(pixels, "(r h) (c w) rgb -> r h c w rgb", h=side, w=side)
-    tiles = tiles[:, : side - GAP, :, : side - GAP]
-    joined = Image.fromarray(rearrange(tiles, "r h c w rgb -> (r h) (c w) rgb"))
+    tiles = pages.cut_grid(path)
+    joined = Image.fromarray(rearrange(tiles, "(r c) h w rgb -> (r h) (c w) rgb", c=COLUMNS))
     joined.thumbnail((COLUMNS * MAX_TILE, joined.height), Image.Resampling.LANCZOS)
     return joined
-
-
-def _png(image: Image.Image) -> str:
-    stream = io.BytesIO()
-    image.save(stream, format="PNG", optimize=True)
-    return base64.b64encode(stream.getvalue()).decode()
 
 
 def _slider(labels: list[str], value: int) -> str:
@@ -204,7 +190,7 @@ def _gallery(run: Run, rows: int) -> str:
     tiles: dict[str, list[str]] = {}
     for i, line in enumerate(prompts[:count]):
         tiles.setdefault(line.get("group", ""), []).append(_tile(i, rows, line["prompt"]))
-    parts = [] if run.prompts else [_missing("No prompts.json.")]
+    parts = [] if run.prompts else [pages.missing("No prompts.json.")]
     for group in sorted(tiles):
         parts.append(f"<h3>prompts: {html.escape(group)}</h3>" if group else "")
         parts.append(f'<div class="gallery">{"".join(tiles[group])}</div>')
@@ -225,14 +211,14 @@ def _tile(index: int, rows: int, prompt: str) -> str:
 def _scores(run: Run) -> str:
     scored = [line for line in run.evaluations if line.get("scores")]
     if not scored:
-        return _missing("This run has not been evaluated.")
+        return pages.missing("This run has not been evaluated.")
     names = list(dict.fromkeys(name for line in scored for name in line["scores"]))
     columns = {"this run": scored[-1]["scores"], **run.references}
     rows = [[name, *(_estimate(scores.get(name)) for scores in columns.values())] for name in names]
-    note = "" if run.references else _missing("No references.json to hold the scores against.")
+    note = "" if run.references else pages.missing("No references.json to hold the scores against.")
     bases = dict.fromkeys(name.partition("/")[0] for name in names)
-    charts = "".join(_chart(base, partial(_paint_score, run, scored, base)) for base in bases)
-    return _table(["", *columns], rows) + note + f'<div class="charts">{charts}</div>'
+    charts = "".join(pages.chart(base, partial(_paint_score, run, scored, base)) for base in bases)
+    return pages.table(["", *columns], rows) + note + f'<div class="charts">{charts}</div>'
 
 
 def _paint_score(run: Run, scored: list[Line], base: str, axes: Axes) -> None:
@@ -259,19 +245,21 @@ def _losses(run: Run) -> str:
     charts = []
     trained = [line for line in run.metrics if "loss" in line]
     if trained:
-        charts.append(_chart("training", partial(_paint_loss, trained)))
+        charts.append(pages.chart("training", partial(_paint_loss, trained)))
     checked = [line for line in run.evaluations if line.get("validation")]
     if checked:
-        charts.append(_chart("validation, by noise level", partial(_paint_validation, checked)))
-    missing = [
-        _missing(sentence)
+        charts.append(
+            pages.chart("validation, by noise level", partial(_paint_validation, checked))
+        )
+    absent = [
+        pages.missing(sentence)
         for lines, sentence in (
             (trained, "No line of metrics.jsonl has a loss."),
             (checked, "No evaluation has a validation loss."),
         )
         if not lines
     ]
-    return f'<div class="charts">{"".join(charts)}</div>{"".join(missing)}'
+    return f'<div class="charts">{"".join(charts)}</div>{"".join(absent)}'
 
 
 def _paint_loss(lines: list[Line], axes: Axes) -> None:
@@ -310,14 +298,14 @@ def _paint_validation(lines: list[Line], axes: Axes) -> None:
 
 def _costs(run: Run) -> str:
     if run.record is None:
-        return _missing("No record.jsonl: this run has not finished.")
+        return pages.missing("No record.jsonl: this run has not finished.")
     record = run.record
     rows = [
         ["parameters", f"{record.params:,}"],
         ["examples", f"{record.examples:,}"],
         ["GFLOPs per example", f"{record.flops / record.examples / 1e9:,.4g}"],
         ["FLOPs in all", f"{record.flops:.3g}"],
-        ["time", _duration(record.seconds)],
+        ["time", pages.duration(record.seconds)],
         *(
             [["examples per second", f"{record.examples / record.seconds:,.4g}"]]
             if record.seconds
@@ -327,47 +315,19 @@ def _costs(run: Run) -> str:
         ["commit", html.escape(record.commit or "unknown")],
         ["seed", str(record.seed)],
     ]
-    return _table([], rows)
+    return pages.table([], rows)
 
 
 def _config(run: Run) -> str:
     if not run.config:
-        return _missing("No config.json.")
-    text = html.escape("\n".join(_settings(run.config, "")))
+        return pages.missing("No config.json.")
+    lines = (f"{name} = {json.dumps(value)}" for name, value in pages.flat(run.config))
+    text = html.escape("\n".join(lines))
     return f"<details><summary>All settings</summary><pre>{text}</pre></details>"
 
 
-def _settings(config: Line, path: str) -> Iterator[str]:
-    for key, value in config.items():
-        if isinstance(value, dict):
-            yield from _settings(value, f"{path}{key}.")
-        else:
-            yield f"{path}{key} = {json.dumps(value)}"
-
-
-def _chart(title: str, paint: Callable[[Axes], None]) -> str:
-    return f'<div class="chart">{plots.svg(paint, title=title, size=CHART)}</div>'
-
-
-def _table(head: list[str], rows: list[list[str]]) -> str:
-    """A table of HTML cells; the headings, and the names that rows begin with, are plain text."""
-    top = "".join(f"<th>{html.escape(name)}</th>" for name in head)
-    body = "".join(
-        f"<tr><th>{html.escape(first)}</th>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
-        for first, *cells in rows
-    )
-    return f'<div class="table"><table>{f"<tr>{top}</tr>" if top else ""}{body}</table></div>'
-
-
 def _estimate(row: list[int | float] | None) -> str:
-    if row is None:
-        return "<small>not known</small>"
-    value, low, high, count = row
-    return f"<b>{value:.3g}</b> <small>{low:.3g} to {high:.3g}, n = {count}</small>"
-
-
-def _missing(sentence: str) -> str:
-    return f'<p class="missing">{sentence}</p>'
+    return pages.estimate(None if row is None else Estimate(*row))
 
 
 def _short(count: int) -> str:
@@ -376,14 +336,6 @@ def _short(count: int) -> str:
         if count >= size:
             return f"{count / size:.3g}{unit}"
     return f"{count:g}"
-
-
-def _duration(seconds: int | float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    parts = [(hours, "h"), (minutes, "min"), (rest, "s")]
-    first = next((i for i, (number, _) in enumerate(parts) if number), 2)
-    return " ".join(f"{number} {unit}" for number, unit in parts[first : first + 2])
 
 
 if __name__ == "__main__":

@@ -13,22 +13,20 @@ import functools
 import json
 import logging
 import math
-import subprocess
 from collections.abc import Callable
-from pathlib import Path
 from typing import NamedTuple
 
 import jax
 import numpy as np
 from etils import epath
-from jax.experimental import multihost_utils
 
 from ldm_jax import build
 from ldm_jax.config import CHECKPOINTS, RunConfig, claim
 from ldm_jax.configuration import to_json
 from ldm_jax.data.durable import alone_in
 from ldm_jax.data.scenes import render
-from ldm_jax.evals.evaluator import Evaluation, Evaluator
+from ldm_jax.evals import METRICS
+from ldm_jax.evals.evaluator import Evaluator
 from ldm_jax.evals.journal import Journal
 from ldm_jax.evals.prompts import Prompts
 from ldm_jax.flags import run_command
@@ -36,13 +34,14 @@ from ldm_jax.models.flops import count
 from ldm_jax.nn.functional import Functional
 from ldm_jax.parallel import distributed, make_mesh
 from ldm_jax.pretrained import Pretrained, load_pretrained
-from ldm_jax.scaling.records import RunRecord, append_line, append_record, read_lines
+from ldm_jax.scaling.records import RunRecord, append_line, append_record, commit, read_lines
+from ldm_jax.scoring import Scoring, make_reference, make_scoring
 from ldm_jax.training import Every, Hook, State, Stopwatch, Tick, fit, prefetch
 from ldm_jax.training.checkpoints import Checkpoints
 from ldm_jax.training.hooks import Guard, Metrics, Profiler, Progress, tensorboard
 from ldm_jax.training.loop import tolerated
 from ldm_jax.training.saving import Preemption, Save
-from ldm_jax.types import Estimate, Params
+from ldm_jax.types import Estimate, Images, Params
 
 
 def main(flags: argparse.Namespace) -> None:
@@ -71,8 +70,8 @@ def run(config: RunConfig, workdir: epath.Path, watch: Stopwatch) -> None:
     state = begin(training, checkpoints)
     begun = int(state.examples)
     flops = flops_per_example(config, pretrained)
-    scoring = make_scoring(config, workdir, network, pretrained, mesh)
-    hooks = make_hooks(config, workdir, checkpoints, begun, flops, scoring)
+    evaluated = make_evaluated(config, workdir, network, pretrained, mesh)
+    hooks = make_hooks(config, workdir, checkpoints, begun, flops, evaluated)
     loader.seek(begun)
     step = build.jit_step(training, mesh)
     try:
@@ -113,27 +112,31 @@ def begin(training: build.Training, checkpoints: Checkpoints) -> State:
     return state
 
 
-class Scoring(NamedTuple):
+class Evaluated(NamedTuple):
     """What a model in training is evaluated by, and on."""
 
     prompts: Prompts
+    scoring: Scoring
     evaluator: Evaluator
     validate: Callable[..., dict[str, float]]
     frozen: Params
 
 
-def make_scoring(
+def make_evaluated(
     config: RunConfig,
     workdir: epath.Path,
     network: Functional,
     pretrained: Pretrained,
     mesh: jax.sharding.Mesh,
-) -> Scoring:
+) -> Evaluated:
     """What the config describes of it."""
     prompts = build.make_prompts(config, workdir)
-    evaluator = build.make_evaluator(config, prompts, network, pretrained, mesh)
+    networks, tokenizer = pretrained.scoring, pretrained.clip_tokenizer
+    reference = make_reference(config, workdir, networks, mesh)
+    scoring = make_scoring(config, prompts, networks, tokenizer, mesh, reference=reference)
+    evaluator = build.make_evaluator(config, prompts, network, pretrained, scoring.viewer)
     validate = build.make_validation(config, workdir, network, pretrained, mesh)
-    return Scoring(prompts, evaluator, validate, pretrained.params)
+    return Evaluated(prompts, scoring, evaluator, validate, pretrained.params)
 
 
 def make_hooks(
@@ -142,7 +145,7 @@ def make_hooks(
     checkpoints: Checkpoints,
     begun: int,
     flops: float,
-    scoring: Scoring,
+    evaluated: Evaluated,
 ) -> list[Hook]:
     """What looks on, in the order in which it is asked: what writes for people is the first process's."""
     guard = Guard(workdir, checkpoints.latest, factor=config.train.explosion)
@@ -154,7 +157,7 @@ def make_hooks(
             traced = [Profiler(workdir / "profile", *config.train.profile)]
     settle = (guard.settle, metrics.settle) if metrics else (guard.settle,)
     preemption = Preemption(checkpoints, distributed.PREEMPTED, settle=settle)
-    evaluate = Evaluate(config, workdir, scoring, metrics, guard.settle, preemption.check)
+    evaluate = Evaluate(config, workdir, evaluated, metrics, guard.settle, preemption.check)
     save = Save(checkpoints, config.train.save_every, settle=settle)
     return [guard, *shown, Every(config.eval.every, evaluate), save, preemption, *traced]
 
@@ -172,16 +175,16 @@ class Evaluate(Hook):
         self,
         config: RunConfig,
         workdir: epath.Path,
-        scoring: Scoring,
+        evaluated: Evaluated,
         metrics: Metrics | None,
         settle: Callable[[], None],
         check: Callable[[State], None],
     ) -> None:
-        self._config, self._scoring, self._metrics = config, scoring, metrics
+        self._config, self._evaluated, self._metrics = config, evaluated, metrics
         self._settle, self._check = settle, check
         self._journal = Journal(workdir, config.eval.shown) if metrics else None
         if self._journal:
-            self._journal.prompts(scoring.prompts)
+            self._journal.prompts(evaluated.prompts)
 
     def begin(self, state: State) -> None:
         """Scores what training starts from, or makes up for an evaluation that was not written down."""
@@ -203,16 +206,16 @@ class Evaluate(Hook):
         train, period = self._config.train, self._config.eval.every
         due = examples // period > (examples - train.batch) // period or examples >= train.examples
         missing = self._journal is not None and not self._journal.has(examples)
-        return due and bool(multihost_utils.broadcast_one_to_all(np.bool_(missing)))
+        return due and bool(distributed.agreed(missing))
 
     def _untrained(self, state: State) -> None:
         """The model before training, and the true images where the prompts have them."""
         references = {"untrained": self._write(0, state, "raw")}
-        if self._scoring.prompts.scenes:
-            pixels = np.stack([render(scene) for scene in self._scoring.prompts.scenes])
+        prompts, scoring, _, _, frozen = self._evaluated
+        if prompts.scenes:
+            pixels = np.stack([render(scene) for scene in prompts.scenes])
             truth = pixels.astype(np.float32) / 127.5 - 1
-            scores = self._scoring.evaluator.score(truth, self._scoring.frozen)
-            references["true renders"] = scores
+            references["true renders"] = scoring.scores(scoring.viewer(frozen, [truth]))
             if self._journal:
                 self._journal.picture("samples/true.png", truth)
         if self._journal:
@@ -224,24 +227,36 @@ class Evaluate(Hook):
         weights = weights or self._config.eval.weights
         params = state.average if weights == "ema" else state.params
         pause = functools.partial(self._check, state)
-        _, evaluator, validate, frozen = self._scoring
-        evaluation = evaluator(params, frozen, self._config.sampling.guidance, pause)
+        _, scoring, evaluator, validate, frozen = self._evaluated
+        # The first process alone shows images, but all hold what the devices have alike.
+        drawn = evaluator(
+            params,
+            frozen,
+            self._config.sampling.guidance,
+            kept=self._config.eval.shown,
+            pause=pause,
+        )
+        scores = scoring.scores(drawn.features)
         losses = validate(params, frozen, pause)
         if self._journal:
-            self._told(examples, weights, evaluation, losses)
-        return evaluation.scores
+            self._told(examples, weights, drawn.images, scores, losses)
+        return scores
 
     def _told(
-        self, examples: int, weights: str, evaluation: Evaluation, losses: dict[str, float]
+        self,
+        examples: int,
+        weights: str,
+        images: Images,
+        scores: dict[str, Estimate],
+        losses: dict[str, float],
     ) -> None:
         with tolerated(f"The evaluation after {examples} examples"):
-            self._journal.add(examples, weights, evaluation, losses)
-        scalars = {name: score.value for name, score in evaluation.scores.items()}
+            self._journal.add(examples, weights, images, scores, losses)
+        scalars = {name: score.value for name, score in scores.items()}
         scalars |= {f"validation_loss/{level}": loss for level, loss in losses.items()}
         self._metrics.write(examples, scalars)
-        self._metrics.write_images(examples, {"samples": evaluation.images[:8]})
-        shown = ("clip_score", "faithfulness")
-        text = ", ".join(f"{name} {scalars[name]:.3f}" for name in shown if name in scalars)
+        self._metrics.write_images(examples, {"samples": images[:8]})
+        text = ", ".join(f"{name} {scores[name].value:.3f}" for name in METRICS if name in scores)
         logging.info("%d examples: %s", examples, text)
 
 
@@ -280,15 +295,6 @@ def record(config: RunConfig, workdir: epath.Path, state: State, flops: float) -
         losses={"train": [row["loss"] for row in rows if "loss" in row][-1], **last["validation"]},
         scores={name: Estimate(*score) for name, score in last["scores"].items()},
     )
-
-
-def commit() -> str:
-    """The commit that the package is run from; empty where it is no checkout."""
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return ""
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ Params = Any  # nested dict of arrays
 Context = Any  # what a network has prepared from the prompt alone
 Latent = Float[Arr, "B H W C"]
 Images = Float[Arr, "B rows columns 3"]
+SomeImages = Float[Arr, "_ rows columns 3"]  # a part, of any number
 Tokens = Int32[Arr, "B L"]
 OneTokens = Int32[Arr, "1 L"]  # a caption alone
 PerExample = Float[Arr, " B"]

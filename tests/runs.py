@@ -48,7 +48,7 @@ def given(directory: Path, config: RunConfig = TINY) -> str:
 def run(command, workdir: Path, *words: str, **options) -> None:
     """What `python -m ldm_jax.COMMAND --workdir=... WORDS` does, in this process."""
     if command in (train, evaluate):
-        options["add_flags"] = distributed.add_flags
+        options["add_flags"] = getattr(command, "add_flags", distributed.add_flags)
     command.main(parse([f"--workdir={workdir}", *words], RunConfig, **options))
 
 

@@ -19,7 +19,6 @@ from fsspec.implementations.memory import MemoryFileSystem
 from ldm_jax import build, convert, encode, evaluate, report, sample, train
 from ldm_jax.config import CHECKPOINTS, RunConfig, claim
 from ldm_jax.data.durable import alone_in, write_atomically
-from ldm_jax.evals.evaluator import Evaluation
 from ldm_jax.evals.journal import Journal
 from ldm_jax.flags import UsageError, parse
 from ldm_jax.scaling.records import RunRecord, append_line, append_record, read_records
@@ -171,7 +170,7 @@ def test_a_batch_that_stops_a_run_is_kept(bucket):
 
 def test_an_evaluation_is_journalled_and_reported(bucket):
     scores = {"clip_score": Estimate(0.5, 0.4, 0.6, 8)}
-    Journal(bucket, shown=2).add(32, "ema", Evaluation(IMAGES, scores), {"0.5": 0.5})
+    Journal(bucket, shown=2).add(32, "ema", IMAGES, scores, {"0.5": 0.5})
     report.main(parse([f"--workdir={bucket}"], add_flags=report.add_flags))
     (row,) = lines(bucket / "evaluations.jsonl")
     assert (bucket / row["samples"]).read_bytes().startswith(b"\x89PNG")
@@ -244,7 +243,7 @@ def test_a_run_trains_continues_and_is_evaluated_sampled_and_reported(
     assert [row["examples"] for row in lines(bucket / "record.jsonl")] == [32, 64]
     assert [row["from"] for row in lines(bucket / "goodput.jsonl")] == [0, 32]
     runs.run(evaluate, bucket)
-    assert lines(bucket / "scores.jsonl")[0]["examples"] == 64
+    assert lines(bucket / "scores.jsonl")[0]["model"]["examples"] == 64
     runs.run(sample, bucket, "--prompt=a red circle", add_flags=sample.add_flags)
     assert {path.name for path in (bucket / "images").iterdir()} >= {"00000-00.png", "grid.png"}
     report.main(parse([f"--workdir={bucket}"], add_flags=report.add_flags))

@@ -102,10 +102,46 @@ def test_evaluation_of_the_last_checkpoint_repeats_that_of_training(run, capsys)
     runs.run(evaluate, run)
     again = lines(run / "scores.jsonl")[-1]
     trained = lines(run / "evaluations.jsonl")[-1]
-    assert again["examples"] == trained["examples"]
+    assert again["model"]["examples"] == trained["examples"]
     for name, score in trained["scores"].items():
         assert again["scores"][name] == pytest.approx(score, abs=1e-4, nan_ok=True)
     assert "faithfulness" in capsys.readouterr().out
+
+
+def test_every_combination_is_evaluated_once_and_seeds_together(run, capsys):
+    words = ["--samplers=ddim,ddpm", "--guidance=1,2", "--seeds=0,1"]
+    runs.run(evaluate, run, *words)
+    count = len(lines(run / "scores.jsonl"))
+    found = {line["cell"].rsplit("-", 1)[0]: line for line in lines(run / "scores.jsonl")}
+    drawn = [f"{s}-2-g{g}-s{n}" for s in ("ddim", "ddpm") for g in (1, 2) for n in (0, 1)]
+    together = [f"{s}-2-g{g}-s0+1" for s in ("ddim", "ddpm") for g in (1, 2)]
+    assert set(found) == {*drawn, *together}
+    for name in together:
+        alone = [found[name.replace("0+1", seed)]["scores"] for seed in "01"]
+        for score, (value, *_) in found[name]["scores"].items():
+            assert value == pytest.approx(np.mean([each[score][0] for each in alone])), score
+    runs.run(evaluate, run, *words)
+    assert len(lines(run / "scores.jsonl")) == count
+    assert "ddpm-2-g2-s0+1" in capsys.readouterr().out
+
+
+def test_images_that_are_kept_score_as_they_did_when_they_were_drawn(run, tmp_path):
+    runs.run(evaluate, run, "--keep", "--seeds=5")
+    drawn = lines(run / "scores.jsonl")[-1]
+    images = run / "evaluated" / drawn["cell"] / "images"
+    runs.run(evaluate, tmp_path, runs.given(tmp_path), f"--images=folder:{images}")
+    given = lines(tmp_path / "scores.jsonl")[-1]
+    assert "clip_score" in given["scores"]
+    assert given["prompts"]["digest"] == drawn["prompts"]["digest"]
+    for name in ("clip_score", "clip_score_x100", "clip_r_precision"):
+        assert given["scores"][name] == pytest.approx(drawn["scores"][name], abs=1e-5)
+
+
+def test_runs_of_other_seeds_are_averaged(run, capsys):
+    runs.run(evaluate, run, "--seeds=7")
+    other = run / "evaluated" / lines(run / "scores.jsonl")[-1]["cell"]
+    runs.run(evaluate, run, f"--over={other}")
+    assert "-of-2-runs" in capsys.readouterr().out
 
 
 def test_the_report_is_one_page(run):

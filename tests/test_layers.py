@@ -17,17 +17,32 @@ LAYERS = {
     "models": 2,
     **dict.fromkeys(("data", "metrics"), 3),
     **dict.fromkeys(("evals", "training"), 4),
-    **dict.fromkeys(("config", "pretrained", "build", "programs", "layouts"), 5),
     **dict.fromkeys(
-        ("study", "train", "sample", "evaluate", "encode", "plan", "convert", "report"), 6
+        ("config", "pretrained", "scoring", "build", "programs", "scheduled", "layouts"), 5
+    ),
+    **dict.fromkeys(
+        (
+            "study",
+            "train",
+            "sample",
+            "reference",
+            "evaluate",
+            "encode",
+            "plan",
+            "convert",
+            "report",
+        ),
+        6,
     ),
 }
 # importer: the siblings of its own layer that it may import
 SIBLINGS = {
     "flags": {"configuration"},
     "pretrained": {"config"},
+    "scoring": {"config", "pretrained"},
     "build": {"config", "pretrained"},
     "programs": {"config", "pretrained", "build"},
+    "scheduled": {"config", "programs"},
     "layouts": {"config", "programs"},
     "study": {"train", "evaluate", "plan"},
 }

@@ -45,7 +45,7 @@ CONFIG = dataclasses.replace(
 class Job:
     """`python -m ldm_jax.train`, watched, as so many processes, each with so many CPU devices."""
 
-    def __init__(self, workdir, processes, devices, *words, missing=0, wait=0):
+    def __init__(self, workdir, processes, devices, *words, missing=0, wait=0, program=(WATCHED,)):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             address = f"127.0.0.1:{free.getsockname()[1]}"
@@ -59,7 +59,7 @@ class Job:
         self.logs = [workdir / f"log{i}" for i in range(processes)]
         self.processes, self.writers = [], []
         for i in range(processes - missing):
-            command = [sys.executable, WATCHED, f"--workdir={workdir}", *words]
+            command = [sys.executable, *program, f"--workdir={workdir}", *words]
             if processes > 1:
                 command += [f"--coordinator={address}", f"--num-processes={processes}"]
                 command += [f"--process-id={i}", f"--heartbeat-timeout={HEARTBEAT}"]
@@ -103,8 +103,8 @@ class Job:
         return "\n".join(log.read_text()[-3000:] for log in self.logs if log.exists())
 
 
-def finished(workdir, processes=1, devices=4, *words):
-    with Job(workdir, processes, devices, *words) as job:
+def finished(workdir, processes=1, devices=4, *words, **options):
+    with Job(workdir, processes, devices, *words, **options) as job:
         assert job.wait() == [0] * processes, job.said()
     return workdir
 
@@ -216,6 +216,29 @@ def test_processes_train_as_one_does(fresh, calm, processes, devices, sizes):
     finished(fresh, processes, devices, *mesh(*sizes))
     assert_alike(fresh, calm)
     assert [row["recompiled"] for row in read_lines(fresh / "goodput.jsonl")] == [0]
+
+
+def test_processes_score_as_one_does(calm, tmp_path):
+    """Images of a model and given ones, of a number that no batch divides, against a reference."""
+    program = ("-m", "ldm_jax.evaluate")
+    scores = {}
+    for processes, devices in ((1, 1), (2, 2)):
+        workdir = tmp_path / str(processes)
+        shutil.copytree(calm, workdir, ignore=shutil.ignore_patterns("log*", "compiled"))
+        words = (
+            "--config.eval.prompts=scenes:simple?count=13",
+            "--config.eval.reference=scenes:simple?count=70&split=all&seed=5",
+        )
+        for more in ((), ("--images=scenes:simple?count=13",)):
+            finished(workdir, processes, devices, *words, *more, program=program)
+        scores[processes] = [line["scores"] for line in read_lines(workdir / "scores.jsonl")]
+        assert len(list((workdir / "references").iterdir())) == 1
+    assert len(scores[1]) == len(scores[2]) == 2
+    for one, two in zip(scores[1], scores[2], strict=True):
+        assert {"clip_score", "kid_clip", "cmmd"} < set(one) == set(two)
+        for name, (value, *_) in one.items():
+            scale = 100 if "x100" in name else 1
+            assert two[name][0] == pytest.approx(value, rel=1e-6, abs=1e-6 * scale), name
 
 
 def test_a_run_compiles_once(fresh, tmp_path_factory, monkeypatch):

@@ -19,7 +19,7 @@ from ldm_jax.scaling.records import append_line
 from ldm_jax.training import Hook
 
 WAIT = float(os.environ.get("WAIT", "0"))
-run, fit, make_scoring = train.run, train.fit, train.make_scoring
+run, fit, make_evaluated = train.run, train.fit, train.make_evaluated
 places = []
 
 
@@ -55,18 +55,18 @@ def watched_fit(*args, hooks, **options):
     return fit(*args, hooks=[Seen(places[0] / "seen"), *hooks], **options)
 
 
-def watched_scoring(*args):
-    scoring = make_scoring(*args)
+def watched_evaluated(*args):
+    evaluated = make_evaluated(*args)
 
     def validate(*given):
         if distributed.is_first():
             append_line(places[0] / "validations", {})
         time.sleep(WAIT)
-        return scoring.validate(*given)
+        return evaluated.validate(*given)
 
-    return scoring._replace(validate=validate)
+    return evaluated._replace(validate=validate)
 
 
-train.run, train.fit, train.make_scoring = watched_run, watched_fit, watched_scoring
+train.run, train.fit, train.make_evaluated = watched_run, watched_fit, watched_evaluated
 if __name__ == "__main__":
     run_command(train.main, RunConfig, description=train.__doc__, add_flags=distributed.add_flags)

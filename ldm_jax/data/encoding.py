@@ -10,9 +10,9 @@ import contextlib
 import dataclasses
 import functools
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import grain
 import numpy as np
@@ -41,9 +41,9 @@ from ldm_jax.data.latents import (
     pack,
 )
 from ldm_jax.data.sources import Skip, Source, provenance
+from ldm_jax.parallel import one_ahead
 from ldm_jax.types import Cond, Images, Latent
 
-T = TypeVar("T")
 _SHARD_OPTIONS = "group_size:1,uncompressed"  # float16 latents shrink by 8% only, and reading takes 2.5 times as long
 
 
@@ -217,7 +217,7 @@ class _Job:
         batches = self._batches(items, shard, before, bar)
         with contextlib.closing(ArrayRecordWriter(str(partial), _SHARD_OPTIONS)) as writer:
             # The accelerator works on one batch while the one before it is written.
-            for examples, z in _one_ahead((each, self._start(each)) for each in batches):
+            for examples, z in one_ahead((each, self._start(each)) for each in batches):
                 for record in self._records(examples, z, shard):
                     writer.write(pack(record))
         shard.bytes = partial.stat().st_size
@@ -299,16 +299,6 @@ def _decode(source: Source, size: int, limits: Limits, index: int) -> _Example |
         return _Example(key, image, check_captions(item.captions, limits.max_caption))
     except Skip as skip:
         return Skip(skip.reason, skip.key or key)
-
-
-def _one_ahead(values: Iterable[T]) -> Iterator[T]:
-    """The same values, each given only after the next one was asked for."""
-    held: collections.deque[T] = collections.deque()
-    for value in values:
-        held.append(value)
-        if len(held) > 1:
-            yield held.popleft()
-    yield from held
 
 
 def _embed(

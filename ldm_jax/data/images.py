@@ -44,6 +44,18 @@ def to_square(
     return np.array(ImageOps.fit(upright, (size, size), Image.Resampling.LANCZOS))
 
 
+def size_of(image: bytes | np.ndarray) -> tuple[int, int]:
+    """Columns and rows of an encoded file, or of pixels. Raises Skip for what is no image."""
+    if isinstance(image, np.ndarray):
+        return image.shape[1], image.shape[0]
+    try:
+        return _open(image).size
+    except Skip:
+        raise
+    except Exception:  # as in `to_square`
+        raise Skip("truncated or unreadable image") from None
+
+
 def _open(file: bytes) -> Image.Image:
     if not file:
         raise Skip("empty file")

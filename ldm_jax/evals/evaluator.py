@@ -1,123 +1,215 @@
-"""From a model to scores: samples of fixed prompts from fixed noise, and what the metrics make of them.
+"""From a model to features: samples of fixed prompts from fixed noise, as frozen networks see them.
 
 Sampling, decoding and features are one jitted program; scores come on the host from the features in the prompts'
 order, so they depend neither on the batch nor on the number of devices.
 """
 
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, UInt32
 
+from ldm_jax.evals.features import Features, joined
 from ldm_jax.evals.generation import Generate
-from ldm_jax.parallel import jit, put_same, replicated
-from ldm_jax.types import Estimate, Images, OneTokens, Params, Tokens
+from ldm_jax.metrics.extractors import Extractor
+from ldm_jax.metrics.resize import rounded, to_images
+from ldm_jax.parallel import jit, one_ahead, put_same, replicated
+from ldm_jax.types import Images, OneTokens, Params, SomeImages, Tokens
+
+
+class View(NamedTuple):
+    """An extractor at work: its network's name among the frozen ones, and what it reads beside images, by image.
+
+    That is tokens [n, L], images, or nothing; an extractor without a network has "" for its name.
+    """
+
+    extractor: Extractor
+    network: str
+    read: Any = None
+
+
+class Part(NamedTuple):
+    """What came of some prompts in a row: features, and images in [-1, 1] where they are kept."""
+
+    features: Features
+    images: Images | None = None
 
 
 def proceed() -> None:
     """Between two batches: nothing."""
 
 
-class Metric(Protocol):
-    """A score: `features` run on the mesh, `result` in NumPy on the host."""
+class Viewer:
+    """Features of given images, `batch` at a time."""
 
-    def features(self, params: Params, images: Images, tokens: Tokens) -> Any: ...
+    def __init__(self, views: Mapping[str, View], *, mesh: Mesh, batch: int) -> None:
+        self.mesh, self.batch, self._views = mesh, batch, views
+        self._read = {name: view.read for name, view in views.items()}
+        self._run = jit(self.features, mesh, out_shardings=replicated(mesh))
 
-    def result(self, features: Any, reference: Any) -> dict[str, Estimate]: ...
+    def features(
+        self, frozen: Params, images: Images, read: Mapping[str, Any]
+    ) -> dict[str, dict[str, Float[Array, "B ..."]]]:
+        """Of one batch; pure, and to be jitted."""
+        return {
+            name: view.extractor.features(frozen.get(view.network), images, read[name])
+            for name, view in self._views.items()
+        }
 
+    def read(self, rows: UInt32[np.ndarray, " B"]) -> dict[str, Any]:
+        """What the views read beside the images of these numbers."""
+        return jax.tree.map(lambda x: x[rows], self._read)
 
-class Scorer(NamedTuple):
-    """A metric on a prompt set.
+    def __call__(self, frozen: Params, images: Iterable[SomeImages]) -> Features:
+        """Of images in [-1, 1], in the order of what the views read, given in parts of any size."""
+        return joined([features for _, features in self.parts(frozen, images)])
 
-    `network` names its parameters among the frozen ones, `tokens` [n, L] are the prompts as it reads them, and
-    `reference` is what its `result` compares with.
-    """
+    def parts(
+        self, frozen: Params, images: Iterable[SomeImages], start: int = 0
+    ) -> Iterator[tuple[int, Features]]:
+        """The same batch by batch, each with the number of its first image; the first of all has the number `start`."""
 
-    metric: Metric
-    network: str
-    tokens: Tokens
-    reference: Any
+        def begun() -> Iterator[tuple[int, int, Any]]:
+            first = start
+            for part in rebatched(images, self.batch):
+                rows = numbers(first, self.batch, first + len(part))
+                given = part[rows - first], self.read(rows)
+                yield first, len(part), self._run(frozen, *put_same(given, self.mesh))
+                first += len(part)
 
-
-class Evaluation(NamedTuple):
-    """Images in [-1, 1] in the prompts' order, and their scores."""
-
-    images: Images
-    scores: dict[str, Estimate]
+        for first, count, features in one_ahead(begun()):
+            yield first, fetched(features, count)
 
 
 class Evaluator:
-    """Draws one image a prompt, with the noise of `fold_in(key, the prompt's number)`, and scores them."""
+    """Draws one image a prompt, with the noise of its number and a seed, and looks at it."""
 
     def __init__(
         self,
         generate: Generate,
-        scorers: Mapping[str, Scorer],
+        viewer: Viewer,
         *,
         tokens: Tokens,
         empty: OneTokens,
         key: jax.Array,
-        mesh: Mesh,
-        batch: int,
     ) -> None:
-        """Args: `tokens` [n, L] and `empty` [1, L] are for the model; `batch` images are drawn at a time."""
-        self._scorers, self._empty, self._key = scorers, empty, key
-        self._mesh, self._batch, self._count = mesh, batch, len(tokens)
-        self._inputs = {"tokens": tokens, "index": np.arange(len(tokens), dtype=np.uint32)}
-        self._read = {name: scorer.tokens for name, scorer in scorers.items()}
-
-        def features(frozen: Params, images: Images, read: dict[str, Tokens]) -> dict[str, Any]:
-            return {
-                name: scorer.metric.features(frozen[scorer.network], images, read[name])
-                for name, scorer in scorers.items()
-            }
+        """Args: `tokens` [n, L] and `empty` [1, L] are for the model, in the order of what the views read."""
+        self._viewer, self._tokens = viewer, tokens
 
         def run(
-            params: Params, frozen: Params, rows: dict[str, Any], guidance: Float[Array, ""]
+            params: Params,
+            frozen: Params,
+            rows: dict[str, Any],
+            guidance: Float[Array, ""],
+            seed: UInt32[Array, ""],
         ) -> tuple[Images, dict[str, Any]]:
-            keys = jax.vmap(jax.random.fold_in, (None, 0))(key, rows["index"])
-            images = generate(params, frozen, rows["tokens"], empty, keys, guidance)
-            return images, features(frozen, images, rows["read"])
+            seeded = jax.random.fold_in(key, seed)
+            keys = jax.vmap(jax.random.fold_in, (None, 0))(seeded, rows["index"])
+            drawn = generate(params, frozen, rows["tokens"], empty, keys, guidance)
+            images = to_images(
+                rounded(drawn)
+            )  # scores are those of the files that would be written
+            return images, viewer.features(frozen, images, rows["read"])
 
-        self._run = jit(run, mesh, out_shardings=replicated(mesh))
-        self._features = jit(
-            lambda frozen, rows: features(frozen, rows["images"], rows["read"]),
-            mesh,
-            out_shardings=replicated(mesh),
-        )
+        self._run = jit(run, viewer.mesh, out_shardings=replicated(viewer.mesh))
 
     def __call__(
-        self, params: Params, frozen: Params, guidance: float, pause: Callable[[], None] = proceed
-    ) -> Evaluation:
-        """Samples of the model `params` at a scale of guidance, scored; what `pause` raises after a batch ends it."""
-        rows = {**self._inputs, "read": self._read}
+        self,
+        params: Params,
+        frozen: Params,
+        guidance: float,
+        *,
+        seed: int = 0,
+        kept: int | None = None,
+        pause: Callable[[], None] = proceed,
+    ) -> Part:
+        """Features of samples of the model `params` at a scale of guidance, and the first `kept` images (or all).
+
+        What `pause` raises after a batch ends it.
+        """
         parts = []
-        for part in self._batches(rows):
-            parts.append(jax.device_get(self._run(params, frozen, part, np.float32(guidance))))
+        for _, part in self.parts(params, frozen, guidance, seed=seed, kept=kept):
+            parts.append(part)
             pause()
-        images, features = self._joined(parts)
-        return Evaluation(images, self._result(features))
+        images = [part.images for part in parts if part.images is not None]
+        features = joined([part.features for part in parts])
+        return Part(features, np.concatenate(images) if images else None)
 
-    def score(self, images: Images, frozen: Params) -> dict[str, Estimate]:
-        """Scores of given images, one a prompt in their order, such as the true ones."""
-        rows = {"images": images, "read": self._read}
-        parts = [jax.device_get(self._features(frozen, part)) for part in self._batches(rows)]
-        return self._result(self._joined(parts))
+    def parts(
+        self,
+        params: Params,
+        frozen: Params,
+        guidance: float,
+        *,
+        seed: int = 0,
+        kept: int | None = None,
+        start: int = 0,
+    ) -> Iterator[tuple[int, Part]]:
+        """The same batch by batch from prompt `start` on, each with the number of its first prompt.
 
-    def _batches(self, rows: Any) -> Iterator[Any]:
-        """Equal batches on the mesh; the last one is padded with its last row."""
-        for first in range(0, self._count, self._batch):
-            taken = np.minimum(np.arange(first, first + self._batch), self._count - 1)
-            yield put_same(jax.tree.map(lambda x: x[taken], rows), self._mesh)  # noqa: B023
+        Images past the first `kept` never leave the devices.
+        """
+        batch, count = self._viewer.batch, len(self._tokens)
+        kept = count if kept is None else kept
+        firsts = range(start, count, batch)
+        begun = (
+            (first, self._begin(params, frozen, guidance, seed, numbers(first, batch, count)))
+            for first in firsts
+        )
+        for first, (images, features) in one_ahead(begun):
+            size = min(batch, count - first)
+            shown = min(max(kept - first, 0), size)
+            yield (
+                first,
+                Part(fetched(features, size), fetched(images, shown) if shown else None),
+            )
 
-    def _joined(self, parts: list[Any]) -> Any:
-        return jax.tree.map(lambda *x: np.concatenate(x)[: self._count], *parts)
+    def images_of(
+        self, params: Params, frozen: Params, guidance: float, wanted: Sequence[int], seed: int = 0
+    ) -> Images:
+        """The images of some prompts, by their numbers: drawn again, and the same again."""
+        batch, drawn = self._viewer.batch, []
+        for first in range(0, len(wanted), batch):
+            rows = np.asarray(wanted, np.uint32)[numbers(first, batch, len(wanted))]
+            images, _ = self._begin(params, frozen, guidance, seed, rows)
+            drawn.append(jax.device_get(images))
+        return np.concatenate(drawn)[: len(wanted)]
 
-    def _result(self, features: dict[str, Any]) -> dict[str, Estimate]:
-        scores = {}
-        for name, scorer in self._scorers.items():
-            scores |= scorer.metric.result(features[name], scorer.reference)
-        return scores
+    def _begin(
+        self,
+        params: Params,
+        frozen: Params,
+        guidance: float,
+        seed: int,
+        rows: UInt32[np.ndarray, " batch"],
+    ) -> Any:
+        given = {"tokens": self._tokens[rows], "index": rows, "read": self._viewer.read(rows)}
+        placed = put_same(given, self._viewer.mesh)
+        return self._run(params, frozen, placed, np.float32(guidance), np.uint32(seed))
+
+
+def numbers(first: int, batch: int, count: int) -> UInt32[np.ndarray, " batch"]:
+    """`batch` numbers from `first` on; those past the last of `count` are the last, and pad."""
+    return np.minimum(np.arange(first, first + batch, dtype=np.uint32), np.uint32(count - 1))
+
+
+def fetched(tree: Any, count: int) -> Any:
+    """The first rows of arrays on devices, on the host."""
+    return jax.tree.map(lambda x: x[:count], jax.device_get(tree))
+
+
+def rebatched(parts: Iterable[SomeImages], size: int) -> Iterator[SomeImages]:
+    """The same images in parts of `size`, the last one of what is left."""
+    held: list[SomeImages] = []
+    for part in parts:
+        held.append(part)
+        if sum(map(len, held)) >= size:
+            whole = np.concatenate(held)
+            full = len(whole) // size * size
+            yield from np.split(whole[:full], full // size)
+            held = [whole[full:]]
+    if sum(map(len, held)):
+        yield np.concatenate(held)

@@ -5,12 +5,11 @@ The questions come from the scene graph that the prompt describes; the reader an
 it gives the most weight. An image without anything to see scores near chance, about a third.
 """
 
-import dataclasses
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Float, Int
 from scipy.special import softmax
 
 from ldm_jax.data.scenes import (
@@ -20,9 +19,6 @@ from ldm_jax.data.scenes import (
     Scene,
     relations,
 )
-from ldm_jax.evals.prompts import Prompts
-from ldm_jax.metrics.estimate import by_group, mean_estimate
-from ldm_jax.types import Estimate, Images, Params, Tokens
 
 CHOICES = 4  # at most, as in TIFA
 UNASKED = -1
@@ -147,36 +143,17 @@ def marks(
 
 
 def faithfulness(
-    logits: Float[np.ndarray, "n outputs"],
-    asked: Sequence[Sequence[Question]],
-    groups: Sequence[str] = (),
-) -> dict[str, Estimate]:
-    """The share of right answers per image: the mean over images, over each group, and by attribute."""
+    logits: Float[np.ndarray, "n outputs"], asked: Sequence[Sequence[Question]]
+) -> dict[str, Float[np.ndarray, " n"]]:
+    """The share of right answers of each image, of all questions and by attribute; NaN where none is asked."""
     marked = marks(logits, asked)
-    scores = by_group("faithfulness", np.array([np.mean(row) for row in marked]), groups)
+    shares = {"faithfulness": np.array([np.mean(row) for row in marked])}
     for name in dict.fromkeys(question.attribute for row in asked for question in row):
         by_image = [
             [mark for mark, question in zip(row, of_one, strict=True) if question.attribute == name]
             for row, of_one in zip(marked, asked, strict=True)
         ]
-        share = np.array([np.mean(row) for row in by_image if row])
-        scores[f"faithfulness/{name}"] = mean_estimate(share)
-    return scores
-
-
-@dataclasses.dataclass(frozen=True)
-class Faithfulness:
-    """`features` on the mesh, `result` on the host; `apply` is the reader as `functional` gives it."""
-
-    apply: Any
-
-    def features(self, params: Params, images: Images, tokens: Tokens) -> Float[Array, "B outputs"]:
-        """The reader's logits; it does not see the prompt."""
-        return self.apply(params, images)
-
-    def result(
-        self, features: Float[np.ndarray, "n outputs"], reference: Prompts
-    ) -> dict[str, Estimate]:
-        """`faithfulness` of images of these prompts, which describe scenes."""
-        asked = [questions(scene, number) for number, scene in enumerate(reference.scenes)]
-        return faithfulness(features, asked, reference.groups)
+        shares[f"faithfulness/{name}"] = np.array(
+            [np.mean(row) if row else np.nan for row in by_image]
+        )
+    return shares

@@ -11,7 +11,6 @@ from collections.abc import Mapping
 
 from etils import epath
 
-from ldm_jax.evals.evaluator import Evaluation
 from ldm_jax.evals.image_grids import save_grid
 from ldm_jax.evals.prompts import Prompts
 from ldm_jax.scaling.records import append_line, read_lines
@@ -45,15 +44,20 @@ class Journal:
         (self._directory / "references.json").write_text(json.dumps(scores, indent=1))
 
     def add(
-        self, examples: int, weights: str, evaluation: Evaluation, validation: Mapping[str, float]
+        self,
+        examples: int,
+        weights: str,
+        images: Images,
+        scores: Mapping[str, Estimate],
+        validation: Mapping[str, float],
     ) -> None:
         """Writes down one evaluation: the picture first, so that a line's picture is there."""
         picture = f"samples/{examples:012d}.png"
-        self.picture(picture, evaluation.images)
+        self.picture(picture, images)
         line = {
             "examples": examples,
             "weights": weights,
-            "scores": evaluation.scores,
+            "scores": scores,
             "validation": validation,
             "samples": picture,
         }

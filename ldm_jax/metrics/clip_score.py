@@ -1,40 +1,19 @@
-"""CLIP score: the cosine between an image and its prompt in CLIP's shared space (arXiv 2104.08718)."""
-
-import dataclasses
-from collections.abc import Sequence
-from typing import Any
+"""CLIP score: the cosine of an image and its prompt in CLIP's shared space (Hessel et al. 2021, arXiv:2104.08718)."""
 
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Float
 
-from ldm_jax.metrics.estimate import by_group
-from ldm_jax.models.clip import preprocess, unit_norm
-from ldm_jax.types import Estimate, Images, Params, Tokens
+Unit = Float[np.ndarray, "n P"]
 
 
-@dataclasses.dataclass(frozen=True)
-class CLIPScore:
-    """`features` on the mesh, `result` on the host.
+def clip_score(image: Unit, text: Unit) -> Float[np.ndarray, " n"]:
+    """The cosine of each image and its prompt, in [-1, 1]; both are of unit norm."""
+    return np.sum(np.asarray(image, np.float64) * np.asarray(text, np.float64), axis=-1)
 
-    Attributes:
-      apply: a CLIP as `functional(CLIP)` gives it.
-      size: side of the images that its image tower takes, in pixels.
+
+def clip_score_x100(image: Unit, text: Unit) -> Float[np.ndarray, " n"]:
+    """max(100 cosine, 0), in [0, 100]: the convention of torchmetrics, and of most papers on images from text.
+
+    Hessel's own, equation 1, has 2.5 for 100.
     """
-
-    apply: Any
-    size: int
-
-    def features(
-        self, params: Params, images: Images, tokens: Tokens
-    ) -> dict[str, Float[Array, "B P"]]:
-        """Unit features of images in [-1, 1] and of prompts, in float32; `tokens` are CLIP's own."""
-        seen = self.apply(params, preprocess(images, self.size), method="image_features")
-        told = self.apply(params, tokens, method="text_features")
-        return {"image": unit_norm(seen), "text": unit_norm(told)}
-
-    def result(
-        self, features: dict[str, Float[np.ndarray, "n P"]], groups: Sequence[str]
-    ) -> dict[str, Estimate]:
-        """The mean cosine over prompts and over each group; times 100 in the convention of torchmetrics."""
-        image, text = (np.asarray(features[name], np.float64) for name in ("image", "text"))
-        return by_group("clip_score", np.sum(image * text, axis=-1), groups)
+    return np.maximum(100 * clip_score(image, text), 0)

@@ -48,7 +48,8 @@ class Expansion(NamedTuple):
         middle = self.value + NORMAL**2 * slope / 2
         spread = slope * self.value + NORMAL**2 * slope**2 / 4 + self.second
         half = NORMAL * np.sqrt(max(spread, 0.0))
-        return self._within(middle - half, middle + half)
+        # Far below 0 the value is beside all distances that there can be.
+        return self._within(min(middle - half, self.value), middle + half)
 
     def _slope(self) -> float:
         """What the first order's variance grows by per unit of the distance."""

@@ -29,7 +29,9 @@ def paired(a: Float[np.ndarray, " n"], b: Float[np.ndarray, " m"]) -> Paired:
     """
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
     _check_equal(a, b)
-    return _sign_flips(a - b)
+    with np.errstate(invalid="ignore"):  # of two infinite scores, as PSNR's of equal images
+        differences = a - b
+    return _sign_flips(differences)
 
 
 def paired_sets(expand: Callable[[Features], Expansion], a: Features, b: Reference) -> Paired:

@@ -1,19 +1,13 @@
-"""Scores of images against the images that they should be: PSNR, SSIM and LPIPS, one number a pair."""
-
-import dataclasses
-from collections.abc import Sequence
-from typing import Any
+"""Scores of images against the images that they should be: PSNR and SSIM, one number a pair; LPIPS is a network."""
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float
 from scipy.signal import windows
 
-from ldm_jax.metrics.estimate import by_group
-from ldm_jax.types import Arr, Estimate, Images, Params
+from ldm_jax.types import Arr, Images
 
-References = Float[Arr, "B _ _ 3"]  # like the images, which `_paired` sees to
+References = Float[Arr, "B _ _ 3"]  # like the images, which `paired` sees to
 
 RANGE = 2.0  # of images in [-1, 1]
 WINDOW = 11
@@ -26,7 +20,7 @@ def psnr(images: Images, references: References) -> Float[Array, " B"]:
 
     It is infinite for equal images. Raises ValueError for images of different shapes.
     """
-    images, references = _paired(images, references)
+    images, references = paired(images, references)
     error_B = jnp.mean(jnp.square(images - references), axis=(1, 2, 3))
     return 10 * jnp.log10(RANGE**2 / error_B)
 
@@ -38,7 +32,7 @@ def ssim(images: Images, references: References) -> Float[Array, " B"]:
     averaged over windows, then over channels. Raises ValueError for images of different shapes, and for images
     smaller than the window.
     """
-    images, references = _paired(images, references)
+    images, references = paired(images, references)
     if min(images.shape[1:3]) < WINDOW:
         raise ValueError(
             f"images are {images.shape[1:3]} pixels; SSIM's window takes {WINDOW} or more"
@@ -53,38 +47,8 @@ def ssim(images: Images, references: References) -> Float[Array, " B"]:
     return jnp.mean(luminance * structure, axis=(1, 2, 3))
 
 
-@dataclasses.dataclass(frozen=True)
-class PairScores:
-    """`features` on the mesh, `result` on the host; `apply` is an LPIPS as `functional` gives it."""
-
-    apply: Any
-
-    def features(
-        self, params: Params, images: Images, references: References
-    ) -> dict[str, Float[Array, " B"]]:
-        """`psnr`, `ssim` and `lpips` of each image in [-1, 1] and its reference.
-
-        Raises ValueError for images of different shapes, and for images too small for SSIM or LPIPS.
-        """
-        images, references = _paired(images, references)
-        return {
-            "psnr": psnr(images, references),
-            "ssim": ssim(images, references),
-            "lpips": self.apply(params, images, references),
-        }
-
-    def result(
-        self, features: dict[str, Float[np.ndarray, " n"]], groups: Sequence[str]
-    ) -> dict[str, Estimate]:
-        """The mean of each score over images and over each group."""
-        scores: dict[str, Estimate] = {}
-        for name, values in features.items():
-            scores |= by_group(name, np.asarray(values, np.float64), groups)
-        return scores
-
-
-def _paired(images: Images, references: References) -> tuple[Images, Images]:
-    """Both in float32."""
+def paired(images: Images, references: References) -> tuple[Images, Images]:
+    """Both in float32. Raises ValueError for images of different shapes."""
     if images.shape != references.shape:
         raise ValueError(
             f"images are {images.shape} and their references {references.shape}; the shapes have to be the same"

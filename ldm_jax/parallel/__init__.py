@@ -1,5 +1,6 @@
 """How devices form a mesh, and which array lies where on it."""
 
+from ldm_jax.parallel.ahead import one_ahead
 from ldm_jax.parallel.chips import peak_flops
 from ldm_jax.parallel.compiler import compiler_options, jit
 from ldm_jax.parallel.mesh import (
@@ -23,6 +24,7 @@ __all__ = [
     "jit",
     "leaf_name",
     "make_mesh",
+    "one_ahead",
     "peak_flops",
     "put_batch",
     "put_same",

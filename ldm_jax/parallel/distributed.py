@@ -11,10 +11,12 @@ import contextlib
 import logging
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 
 PREEMPTED = (
     75  # exit status: stopped from outside, saved, to be continued (EX_TEMPFAIL of sysexits.h)
@@ -81,6 +83,19 @@ def joined(flags: argparse.Namespace) -> Iterator[None]:
 def is_first() -> bool:
     """Whether this process writes what people read; in a run of several the others compute and save with it."""
     return jax.process_index() == 0
+
+
+def agreed(value: int) -> int:
+    """What the first process says, for all; each calls this."""
+    return int(multihost_utils.broadcast_one_to_all(np.int32(value)))
+
+
+def agreed_numbers(values: Sequence[int], most: int) -> list[int]:
+    """The first process's numbers, `most` at most, for all; each calls this, with as large a `most`."""
+    sent = np.zeros(most + 1, np.int32)
+    sent[: len(values) + 1] = len(values), *values
+    count, *numbers = multihost_utils.broadcast_one_to_all(sent).tolist()
+    return numbers[:count]
 
 
 def _initialize(place: Place | None, flags: argparse.Namespace) -> None:

@@ -14,6 +14,7 @@ from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullLocator
 
 INK, SOFT, LINE = "#1d2430", "#5d6675", "#e3e6eb"
 BLUE, ORANGE, GREEN, GREY = "#2563a8", "#b4541a", "#2f855a", "#8a93a3"
+PURPLE = "#8250b4"
 
 Values = Sequence[int | float] | Float[np.ndarray, " points"] | Int[np.ndarray, " points"]
 

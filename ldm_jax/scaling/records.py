@@ -9,6 +9,7 @@ import dataclasses
 import fcntl
 import json
 import os
+import subprocess
 import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -38,6 +39,15 @@ class RunRecord:
     def key(self) -> tuple[str, str, int, int]:
         """What makes two records the same run."""
         return self.study, json.dumps(self.config, sort_keys=True), self.seed, self.examples
+
+
+def commit() -> str:
+    """The commit that the package is run from; empty where it is no checkout."""
+    command = ["git", "-C", os.path.dirname(__file__), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""
 
 
 def append_record(path: epath.PathLike, record: RunRecord) -> None:

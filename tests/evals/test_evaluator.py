@@ -8,25 +8,24 @@ import pytest
 from ldm_jax.data.scenes import draw_scene
 from ldm_jax.diffusion import DDIM, DDPM, RectifiedFlow, grid, velocity
 from ldm_jax.diffusion.grids import Even
-from ldm_jax.evals.evaluator import Evaluator, Scorer
+from ldm_jax.evals.evaluator import Evaluator, View, Viewer, rebatched
 from ldm_jax.evals.generation import make_generate
 from ldm_jax.evals.image_grids import image_grid, to_uint8
 from ldm_jax.evals.prompts import HELD_OUT, SEEN, read_prompts
 from ldm_jax.parallel import MeshConfig, make_mesh
-from ldm_jax.types import Cond, Estimate
+from ldm_jax.types import Cond
 
 COUNT = 13  # no batch divides it
+TOKENS = np.stack([np.arange(COUNT), np.ones(COUNT)], 1).astype(np.int32)
 
 
 class Sums:
-    """A metric that is easy to check: sums of the images, with the prompt's first token."""
+    """Features that are easy to check: sums of the images, with the prompt's first token."""
 
-    def features(self, params, images, tokens):
-        return {"sum": params * images.sum((1, 2, 3)), "token": tokens[:, 0]}
+    preprocessing = "none"
 
-    def result(self, features, reference):
-        assert list(features["token"]) == list(reference)
-        return {"sum": Estimate(float(features["sum"].mean()), 0.0, 0.0, len(features["sum"]))}
+    def features(self, params, images, read):
+        return {"sum": params * images.sum((1, 2, 3)), "token": read[:, 0]}
 
 
 def apply(params, x, told, context):
@@ -47,16 +46,18 @@ def generate(sampler=DDIM()):
     )
 
 
+def viewer(batch: int, devices: int) -> Viewer:
+    mesh = make_mesh(MeshConfig(), jax.devices()[:devices])
+    return Viewer({"sum": View(Sums(), "scale", TOKENS)}, mesh=mesh, batch=batch)
+
+
 def evaluator(batch: int, devices: int, sampler=DDIM()) -> Evaluator:
-    tokens = np.stack([np.arange(COUNT), np.ones(COUNT)], 1).astype(np.int32)
     return Evaluator(
         generate(sampler),
-        {"sum": Scorer(Sums(), "scale", tokens, np.arange(COUNT))},
-        tokens=tokens,
+        viewer(batch, devices),
+        tokens=TOKENS,
         empty=np.zeros((1, 2), np.int32),
         key=jax.random.key(3),
-        mesh=make_mesh(MeshConfig(), jax.devices()[:devices]),
-        batch=batch,
     )
 
 
@@ -69,15 +70,53 @@ def test_images_and_scores_depend_neither_on_the_batch_nor_on_the_devices(batch,
     one = evaluator(1, 1, sampler)(jnp.float32(0.5), FROZEN, 3.0)
     other = evaluator(batch, devices, sampler)(jnp.float32(0.5), FROZEN, 3.0)
     np.testing.assert_allclose(other.images, one.images, atol=1e-6)
-    assert other.scores["sum"].value == pytest.approx(one.scores["sum"].value, abs=1e-5)
-    assert other.scores["sum"].count == COUNT
+    np.testing.assert_array_equal(other.features["sum"]["token"], np.arange(COUNT))
+    np.testing.assert_allclose(other.features["sum"]["sum"], one.features["sum"]["sum"], atol=1e-5)
 
 
-def test_scores_of_given_images_are_those_of_the_same_images_drawn():
-    evaluate = evaluator(8, 4)
-    drawn = evaluate(jnp.float32(0.5), FROZEN, 3.0)
-    scores = evaluate.score(drawn.images, FROZEN)
-    assert scores["sum"].value == pytest.approx(drawn.scores["sum"].value, abs=1e-5)
+def test_features_of_given_images_are_those_of_the_same_images_drawn():
+    drawn = evaluator(8, 4)(jnp.float32(0.5), FROZEN, 3.0)
+    seen = viewer(8, 4)(FROZEN, np.split(drawn.images, [1, 4, 12]))
+    np.testing.assert_allclose(seen["sum"]["sum"], drawn.features["sum"]["sum"], atol=1e-5)
+
+
+def test_images_are_those_that_files_of_8_bits_would_hold():
+    images = evaluator(8, 4)(jnp.float32(0.1), FROZEN, 3.0).images
+    np.testing.assert_allclose(to_uint8(images) / 127.5 - 1, images, atol=1e-6)
+
+
+def test_an_evaluation_continues_at_any_prompt():
+    arguments = jnp.float32(0.5), FROZEN, 3.0
+    whole = evaluator(4, 1)(*arguments, kept=COUNT)
+    for start in (0, 4, 5, 12):
+        parts = list(evaluator(4, 2).parts(*arguments, start=start, kept=9))
+        assert [first for first, _ in parts] == list(range(start, COUNT, 4))
+        found = np.concatenate([part.features["sum"]["sum"] for _, part in parts])
+        np.testing.assert_allclose(found, whole.features["sum"]["sum"][start:], atol=1e-5)
+        images = [part.images for _, part in parts if part.images is not None]
+        assert sum(map(len, images)) == max(0, 9 - start)
+
+
+def test_images_drawn_again_are_the_same():
+    arguments = jnp.float32(0.5), FROZEN, 3.0
+    whole = evaluator(4, 1)(*arguments).images
+    again = evaluator(4, 2).images_of(*arguments, [7, 0, 12, 3, 3])
+    np.testing.assert_allclose(again, whole[[7, 0, 12, 3, 3]], atol=1e-6)
+
+
+def test_another_seed_is_other_noise_and_compiles_nothing():
+    evaluate = evaluator(8, 1)
+    first, second = (evaluate(jnp.float32(0.5), FROZEN, 1.0, seed=seed) for seed in (0, 1))
+    assert np.abs(first.images - second.images).max() > 0.1
+    assert evaluate._run.__wrapped__._cache_size() == 1
+
+
+def test_parts_of_any_size_become_batches_in_the_same_order():
+    rows = np.arange(23.0)[:, None, None, None] * np.ones((1, 1, 1, 3))
+    for cuts in ([], [1], [5, 6, 20], [0, 0, 23]):
+        batches = list(rebatched(np.split(rows, cuts), 4))
+        assert list(map(len, batches)) == [4, 4, 4, 4, 4, 3]
+        np.testing.assert_array_equal(np.concatenate(batches), rows)
 
 
 def test_another_guidance_compiles_nothing_and_changes_the_images():

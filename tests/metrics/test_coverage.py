@@ -4,11 +4,14 @@ import numpy as np
 import pytest
 from scipy import special, stats
 
-from ldm_jax.metrics.estimate import mean_estimate
+from ldm_jax.metrics.estimate import mean_estimate, share_estimate
 from ldm_jax.metrics.frechet import Moments, expand_frechet, frechet
 from ldm_jax.metrics.inception_score import inception_score
 from ldm_jax.metrics.kernel import cmmd, expand_mmd, gaussian, kid, polynomial
 from ldm_jax.metrics.paired import paired, paired_sets
+from ldm_jax.metrics.precision_recall import precision_recall
+from ldm_jax.metrics.r_precision import r_precision
+from ldm_jax.metrics.seeds import over_prompts_and_seeds, over_seeds
 
 REPEATS = 500
 pytestmark = pytest.mark.slow
@@ -111,6 +114,96 @@ def test_the_mean_covers_that_of_the_population():
         return (rng.beta(5, 2, size=100),)
 
     covered = coverage(draw, mean_estimate, 5 / 7)
+    assert covered == pytest.approx(0.95, abs=tolerance(0.95))
+
+
+@pytest.mark.parametrize(("width", "counts"), [(2, (120, 160)), (16, (120, 160)), (64, (50, 60))])
+@pytest.mark.parametrize("scale", [1.0, 0.8])
+def test_precision_and_recall_cover_their_means_over_both_sets(width, counts, scale):
+    rng = np.random.default_rng(0)
+    n, m = counts
+    found = [
+        precision_recall(scale * rng.normal(size=(n, width)), rng.normal(size=(m, width)))
+        for _ in range(REPEATS)
+    ]
+    for estimates in zip(*found, strict=True):
+        value, low, high, count = np.transpose(estimates)
+        truth, scatter = value.mean(), value.std()
+        if count[0] * min(truth, 1 - truth) > 1:  # what Wilson's interval needs
+            assert np.mean((low <= truth) & (truth <= high)) > 0.95 - tolerance(0.95)
+        if 0.1 < truth < 0.9:  # nearer to an end no interval that covers is as narrow
+            assert np.mean(high - low) / (2 * 1.96 * scatter) < 1.4
+
+
+@pytest.mark.parametrize("noise", [0.5, 1.0, 3.0])
+def test_shared_prompts_leave_r_precision_the_interval_of_a_share(noise):
+    rng = np.random.default_rng(0)
+
+    def draw():
+        text = rng.normal(size=(2, 64, 8))
+        image = text[0] + noise * text[1]
+        pair = image, text[0]
+        return [each / np.linalg.norm(each, axis=1, keepdims=True) for each in pair]
+
+    estimates = [share_estimate(r_precision(*draw(), candidates=30)) for _ in range(REPEATS)]
+    value, low, high, _ = np.transpose(estimates)
+    truth = value.mean()
+    covered = np.mean((low <= truth) & (truth <= high))
+    assert 0.1 < truth < 0.99
+    assert covered == pytest.approx(0.95, abs=tolerance(0.95))
+
+
+# Variances of seeds, prompts and the rest.
+RATIOS = [(0, 1, 1), (0, 0.1, 1), (0.05, 1, 1), (1, 1, 1), (1, 0, 0.1)]
+LAWS = {
+    "normal": lambda rng, shape: rng.normal(size=shape),
+    "skewed": lambda rng, shape: (rng.beta(5, 2, size=shape) - 5 / 7) / np.sqrt(10 / 392),
+}
+
+
+@pytest.mark.parametrize("law", LAWS)
+@pytest.mark.parametrize("seeds", [2, 3, 5])
+@pytest.mark.parametrize("prompts", [16, 64, 256])
+@pytest.mark.parametrize("ratio", RATIOS)
+def test_means_over_prompts_and_seeds_cover_that_of_all(law, seeds, prompts, ratio):
+    of_seeds, of_prompts, of_rest = np.sqrt(ratio)
+    shapes = (seeds, 1), (1, prompts), (seeds, prompts)
+
+    def draw(rng):
+        a, b, rest = (LAWS[law](rng, shape) for shape in shapes)
+        return (of_seeds * a + of_prompts * b + of_rest * rest,)
+
+    assert coverage(draw, over_prompts_and_seeds, 0) > 0.95 - tolerance(0.95)
+
+
+@pytest.mark.parametrize("seeds", [2, 3, 5])
+@pytest.mark.parametrize("effect", [0.0, 0.3])
+def test_shares_over_prompts_and_seeds_cover_that_of_all(seeds, effect):
+    def odds(rng, count):
+        return 2 + rng.normal(size=(1, count)) + effect * rng.normal(size=(seeds, 1))
+
+    def draw(rng):
+        return (1.0 * (rng.uniform(size=(seeds, 64)) < special.expit(odds(rng, 64))),)
+
+    truth = special.expit(
+        2 + np.sqrt(1 + effect**2) * stats.norm.ppf(np.linspace(0, 1, 9999)[1:-1])
+    )
+    assert coverage(draw, over_prompts_and_seeds, truth.mean()) > 0.95 - tolerance(0.95)
+
+
+@pytest.mark.parametrize("seeds", [2, 3, 5])
+def test_gaps_over_prompts_and_seeds_cover_that_of_all(seeds):
+    def draw(rng):
+        shared, own = rng.normal(size=(seeds, 1)), 0.3 * rng.normal(size=(2, seeds, 1))
+        noise = [rng.normal(size=(seeds, n)) + rng.normal(size=(1, n)) for n in (30, 50)]
+        return [shared + a + b for a, b in zip(own, noise, strict=True)]
+
+    assert coverage(draw, over_prompts_and_seeds, 0) > 0.95 - tolerance(0.95)
+
+
+@pytest.mark.parametrize("seeds", [2, 3, 5])
+def test_the_mean_over_seeds_covers_that_of_all(seeds):
+    covered = coverage(lambda rng: (rng.normal(size=seeds),), over_seeds, 0)
     assert covered == pytest.approx(0.95, abs=tolerance(0.95))
 
 

@@ -49,20 +49,36 @@ def test_it_agrees_with_a_tree_of_neighbours(monkeypatch):
     np.testing.assert_array_equal(within(y, x, k=2), expected)
 
 
-def test_the_interval_is_that_of_a_share():
+def test_the_interval_is_that_of_a_share_and_wider_by_what_halves_of_the_manifold_differ():
     x, y = two_sets()
     precision, recall = precision_recall(x, y)
     assert (precision.count, recall.count) == (300, 400)
+    rng, differences = np.random.default_rng(5), []
+    for _ in range(100):
+        halves = np.split(rng.permutation(x), 2)
+        differences.append(np.subtract(*[within(y, half, k=3).mean() for half in halves]))
+    more = 1 + np.mean(np.square(differences)) / 4 / (recall.value * (1 - recall.value) / 400)
+    assert more > 1.5
     # Wilson's bounds are where the share is 1.96 standard errors off.
     for bound in (recall.low, recall.high):
-        error = np.sqrt(bound * (1 - bound) / 400)
-        assert abs(recall.value - bound) / error == pytest.approx(stats.norm.ppf(0.975), rel=1e-6)
+        error = np.sqrt(more * bound * (1 - bound) / 400)
+        assert abs(recall.value - bound) / error == pytest.approx(stats.norm.ppf(0.975), rel=0.2)
+
+
+def test_sets_that_have_samples_twice_have_intervals():
+    x, y = (np.repeat(each[:100], 2, axis=0) for each in two_sets())
+    precision, recall = precision_recall(x, y)
+    assert precision.low < precision.value < precision.high
+    assert recall.low < recall.value < recall.high
 
 
 def test_what_cannot_be_scored_is_said():
     x, y = two_sets()
-    with pytest.raises(ValueError, match="sets of 3 and 400 samples; neighbour 3 needs 4 of each"):
-        precision_recall(x[:3], y)
+    with pytest.raises(
+        ValueError, match=r"sets of 7 and 400 samples; neighbour 3 .* needs 8 of each"
+    ):
+        precision_recall(x[:7], y)
+    assert precision_recall(x[:8], y).precision.count == 8
     y[0, 0] = np.inf
     with pytest.raises(ValueError, match="1 of 400 samples are NaN or infinite"):
         precision_recall(x, y)

@@ -1,0 +1,53 @@
+"""Features of images by extractor and name, each [n, ...], in memory and in files."""
+
+import io
+import json
+import zipfile
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+
+from ldm_jax.data.durable import write_atomically
+
+Features = Mapping[str, Mapping[str, np.ndarray]]
+
+_DESCRIBED = "described"
+
+
+def joined(parts: Sequence[Features]) -> Features:
+    """Features of parts in their order as those of all. Raises ValueError where there is none."""
+    if not parts:
+        raise ValueError("there is no image to look at")
+    return jax.tree.map(lambda *x: np.concatenate(x), *parts)
+
+
+def count_of(features: Features) -> int:
+    """Images that these are of."""
+    return len(next(iter(next(iter(features.values())).values())))
+
+
+def write_features(path: epath.PathLike, features: Features, described: Any = None) -> None:
+    """One .npz file, whole or not at all; `described`, of what JSON has, is what they are of."""
+    arrays = {f"{e}/{name}": x for e, each in features.items() for name, x in each.items()}
+    stream = io.BytesIO()
+    np.savez(stream, **arrays, **{_DESCRIBED: np.array(json.dumps(described))})
+    epath.Path(path).parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, stream.getvalue())
+
+
+def read_features(path: epath.PathLike) -> tuple[dict[str, dict[str, np.ndarray]], Any]:
+    """What `write_features` wrote. Raises FileNotFoundError, or ValueError for another file."""
+    features: dict[str, dict[str, np.ndarray]] = {}
+    try:
+        with np.load(io.BytesIO(epath.Path(path).read_bytes()), allow_pickle=False) as file:
+            described = json.loads(str(file[_DESCRIBED]))
+            for key in file.files:
+                extractor, slash, name = key.partition("/")
+                if slash:
+                    features.setdefault(extractor, {})[name] = file[key]
+    except (KeyError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path} holds no features that ldm_jax wrote: {error}") from error
+    return features, described

@@ -1,0 +1,267 @@
+"""Evaluations of one call: each is made where it stopped, scored, shown and written down.
+
+Of several processes all draw and look; the first one writes.
+"""
+
+import collections
+import json
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from etils import epath
+from tqdm import tqdm
+
+from ldm_jax.data.durable import write_atomically
+from ldm_jax.evals import LOWER_IS_BETTER
+from ldm_jax.evals.cells import DIRECTORY, Cell, check_comparable, read_cell
+from ldm_jax.evals.evaluator import Part
+from ldm_jax.evals.features import Features, count_of
+from ldm_jax.evals.image_grids import save_grid, save_png, to_uint8
+from ldm_jax.evals.scores import Scores
+from ldm_jax.metrics.paired import Paired
+from ldm_jax.parallel import distributed
+from ldm_jax.scaling.records import append_line, commit, read_lines
+from ldm_jax.types import Images
+
+EXTREMES = 8  # images that are shown as best, and as worst
+RECORDS, COMPARISONS = "scores.jsonl", "comparisons.jsonl"
+
+
+class Work(NamedTuple):
+    """One evaluation to be made: its name but for the digest, and what it depends on.
+
+    `parts(start=..., kept=...)` gives features, and the first `kept` images, by the number of their first prompt, from
+    `start` on; `images(numbers)` gives those of some prompts.
+    """
+
+    label: str
+    facts: dict[str, Any]
+    parts: Callable[..., Iterator[tuple[int, Part]]]
+    images: Callable[[Sequence[int]], Images]
+
+
+class Session(NamedTuple):
+    """What the evaluations of one call share; `described` goes into every record of them."""
+
+    workdir: epath.Path
+    scores: Scores
+    validation: Mapping[str, float]
+    shown: int  # images that are shown of each, beside the best and the worst
+    keep: bool  # whether all are written
+    described: Mapping[str, Any]
+
+
+def evaluated(session: Session, work: Work, cell: Cell) -> dict[str, Any]:
+    """The record of an evaluation, which is made if it is not there, from where it stopped."""
+    line = recorded(session, cell)
+    if distributed.agreed(line is not None):
+        return line or {}
+    begun = time.perf_counter()
+    drawn, rate = look(session, work, cell)
+    features = cell.finish() if distributed.is_first() else None
+    pictures = picture(session, work, cell, features)
+    if features is None:
+        return {}
+    line = {
+        **record(session, cell, features),
+        "seconds": round(time.perf_counter() - begun, 3),
+        "drawn": drawn,
+        "images_per_second": round(rate, 3),
+        "pictures": pictures,
+    }
+    append_line(session.workdir / RECORDS, line)
+    return line
+
+
+def recorded(session: Session, cell: Cell) -> dict[str, Any] | None:
+    """The last record of a finished evaluation that has the same scores; the first process looks."""
+    if not (distributed.is_first() and cell.finished):
+        return None
+    found = [
+        line
+        for line in read_lines(session.workdir / RECORDS)
+        if line.get("cell") == cell.name
+        and line["metrics"] == list(session.scores.metrics)
+        and line["reference"] == session.described["reference"]
+    ]
+    return found[-1] if found else None
+
+
+def look(session: Session, work: Work, cell: Cell) -> tuple[int, float]:
+    """Makes the features that are not there; so many images, and how many a second after the first batch."""
+    count = len(session.scores.prompts.texts)
+    start = 0
+    if distributed.is_first():
+        start = count if cell.finished else cell.begin()
+    start = distributed.agreed(start)
+    if start == count:
+        return 0, 0.0
+    times, ends = [time.perf_counter()], [start]
+    bar = tqdm(total=count, initial=start, unit=" images", disable=not distributed.is_first())
+    with bar:
+        bar.set_description(work.label)
+        for first, part in work.parts(start=start, kept=count if session.keep else 0):
+            check_finite(session, first, part.features)
+            ends.append(first + count_of(part.features))
+            times.append(time.perf_counter())
+            if distributed.is_first():
+                if part.images is not None:
+                    keep(session, cell, first, part.images)
+                cell.add(first, part.features)
+            bar.update(ends[-1] - ends[-2])
+    since = 1 if len(times) > 2 else 0  # the first batch compiles
+    return count - start, (ends[-1] - ends[since]) / (times[-1] - times[since])
+
+
+def check_finite(session: Session, first: int, features: Features) -> None:
+    """Raises ValueError for an image that is NaN; it is named by its prompt."""
+    broken = [
+        np.isnan(each).reshape(len(each), -1).any(axis=1)
+        for by_name in features.values()
+        for each in by_name.values()
+    ]
+    if np.any(broken):
+        number = first + int(np.argmax(np.any(broken, axis=0)))
+        raise ValueError(
+            f"the image of prompt {number}, {session.scores.prompts.texts[number]!r}, is NaN; its batch is not kept"
+        )
+
+
+def keep(session: Session, cell: Cell, first: int, images: Images) -> None:
+    """Writes images, and which prompt each belongs to, as `folder:` reads them."""
+    directory = cell.path / "images"
+    directory.mkdir(exist_ok=True)
+    for number, pixels in enumerate(to_uint8(images), first):
+        save_png(directory / f"{number:06d}.png", pixels)
+    rows = [
+        json.dumps({"file_name": f"{number:06d}.png", "text": session.scores.prompts.texts[number]})
+        for number in range(first + len(images))
+    ]
+    write_atomically(directory / "metadata.jsonl", ("\n".join(rows) + "\n").encode())
+
+
+class Shown(NamedTuple):
+    """Images that are shown: numbers of prompts, and by what score and with which values they were chosen."""
+
+    numbers: list[int]
+    score: str = ""
+    values: tuple[float, ...] = ()
+
+
+def choose(session: Session, features: Features) -> dict[str, Shown]:
+    """The first images, and the best and the worst by the first score that is of images."""
+    count = len(session.scores.prompts.texts)
+    chosen = {"samples": Shown(list(range(min(session.shown, count))))}
+    values = session.scores.values(features)
+    if not values:
+        return chosen
+    name = next(iter(values))
+    ranks = [int(i) for i in np.argsort(values[name]) if np.isfinite(values[name][i])]
+    size = min(EXTREMES, len(ranks) // 2)
+    if size:
+        worst, best = ranks[:size], ranks[::-1][:size]
+        if name in LOWER_IS_BETTER:
+            worst, best = best, worst
+        for kind, numbers in (("best", best), ("worst", worst)):
+            of_them = tuple(float(values[name][i]) for i in numbers)
+            chosen[kind] = Shown(numbers, name, of_them)
+    return chosen
+
+
+def picture(
+    session: Session, work: Work, cell: Cell, features: Features | None
+) -> dict[str, dict[str, Any]]:
+    """Writes the images that are chosen, side by side; all processes draw them, and the first one has the features."""
+    chosen = choose(session, features) if features is not None else {}
+    most = session.shown + 2 * EXTREMES
+    numbers = [number for shown in chosen.values() for number in shown.numbers]
+    images = work.images(distributed.agreed_numbers(numbers, most))
+    pictures = {}
+    for kind, shown in chosen.items():
+        part, images = np.split(images, [len(shown.numbers)])
+        save_grid(cell.path / f"{kind}.png", part)
+        prompts = [session.scores.prompts.texts[number] for number in shown.numbers]
+        row = {"file": f"{DIRECTORY}/{cell.name}/{kind}.png", "prompts": prompts}
+        pictures[kind] = row | (
+            {"score": shown.score, "values": shown.values} if shown.score else {}
+        )
+    return pictures
+
+
+def record(session: Session, cell: Cell, features: Features) -> dict[str, Any]:
+    """What a line of the record says of one evaluation, all but the time that it took."""
+    return {
+        "cell": cell.name,
+        **described(cell.facts),
+        "seeds": cell.facts["noise"][1:],
+        "metrics": list(session.scores.metrics),
+        "scores": session.scores(features),
+        "validation": session.validation,
+        "chips": f"{jax.devices()[0].device_kind} x {jax.device_count()}",
+        "commit": commit(),
+        **session.described,
+    }
+
+
+def described(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """The facts that evaluations of several seeds share."""
+    return {name: value for name, value in facts.items() if name != "noise"}
+
+
+def seeds_of(cells: Mapping[Cell, Any]) -> list[list[Cell]]:
+    """Cells that differ in their seeds alone, where there are several."""
+    groups = collections.defaultdict(list)
+    for cell in cells:
+        groups[json.dumps(described(cell.facts), sort_keys=True)].append(cell)
+    return [group for group in groups.values() if len(group) > 1]
+
+
+def over_seeds(session: Session, cells: Sequence[Cell]) -> dict[str, Any]:
+    """The record of several seeds together, which is written down too."""
+    features = [cell.finish() for cell in cells]
+    seeds = [cell.facts["noise"][1] for cell in cells]
+    first = record(session, cells[0], features[0])
+    name = re.sub(r"-s\d+-", f"-s{'+'.join(map(str, seeds))}-", cells[0].name)
+    line = first | {"cell": name, "seeds": seeds, "scores": session.scores(*features)}
+    _append_once(session.workdir / RECORDS, line)
+    return line
+
+
+def over_runs(session: Session, cell: Cell, others: Sequence[str]) -> dict[str, Any]:
+    """The record of an evaluation together with those of runs of other seeds, which is written down too.
+
+    Raises FileNotFoundError, ValueError: as `compared`.
+    """
+    features = [cell.finish()]
+    for other in others:
+        theirs, facts = read_cell(other)
+        check_comparable(cell.facts, facts, "sampling")
+        features.append(theirs)
+    name = f"{cell.name}-of-{len(features)}-runs"
+    scores = session.scores.over_runs(features)
+    line = record(session, cell, features[0]) | {"cell": name, "over": others, "scores": scores}
+    _append_once(session.workdir / RECORDS, line)
+    return line
+
+
+def compared(session: Session, cell: Cell, against: str) -> dict[str, Paired]:
+    """Every score less that of another evaluation on the same prompts, with its test; it is written down too.
+
+    Raises FileNotFoundError, ValueError: `against` is no finished evaluation, or one of other prompts or networks.
+    """
+    theirs, facts = read_cell(against)
+    check_comparable(cell.facts, facts)
+    found = session.scores.paired(cell.finish(), theirs)
+    line = {"cell": cell.name, "against": against, "differences": found}
+    append_line(session.workdir / COMPARISONS, line)
+    return found
+
+
+def _append_once(path: epath.PathLike, line: Mapping[str, Any]) -> None:
+    """Adds a line that is not there yet."""
+    if json.loads(json.dumps(line)) not in read_lines(path):
+        append_line(path, line)

@@ -1,0 +1,63 @@
+"""Features of a set of images, for scores of sets to compare with: what FID calls reference statistics.
+
+    python -m ldm_jax.reference --config=configs/demo.py --images=folder:/photos --output=references/photos.npz
+    python -m ldm_jax.evaluate --workdir=runs/photos --config.eval.reference=references/photos.npz
+
+Every scoring network that the config names, or that lies beside its pretrained models, looks at every image: the middle
+square at data.size pixels. The file says of what it is made, and is refused for images of another size, or by another
+network. `--config.eval.reference=folder:/photos` makes such a file within the run when it is first needed.
+"""
+
+import argparse
+
+from etils import epath
+
+from ldm_jax.config import RunConfig
+from ldm_jax.flags import UsageError, any_path, run_command
+from ldm_jax.parallel import distributed, make_mesh
+from ldm_jax.pretrained import load_scoring
+from ldm_jax.scoring import compared, measure
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags of this command."""
+    distributed.add_flags(parser)
+    text = "the images, as data.source: folder:PATH, tars:GLOB, tfds:NAME or scenes:PRESET"
+    parser.add_argument("--images", required=True, metavar="SOURCE", help=text)
+    text = "the file, FILE.npz, on a disk or gs://BUCKET/..."
+    parser.add_argument("--output", required=True, type=any_path, metavar="FILE", help=text)
+
+
+def main(flags: argparse.Namespace) -> None:
+    """Makes the file."""
+    if flags.config is None:
+        raise UsageError("a reference takes --config=FILE, which names the networks and the size")
+    if flags.output.suffix != ".npz":
+        raise UsageError(f"--output is {flags.output}; a reference is a file of the kind .npz")
+    with distributed.joined(flags):
+        run(flags.config, flags.images, flags.output)
+
+
+def run(config: RunConfig, images: str, output: epath.Path) -> None:
+    """Looks at all images, and writes what was seen."""
+    mesh = make_mesh(config.mesh)
+    networks, _ = load_scoring(config, mesh)
+    names = compared(networks)
+    if not names:
+        raise ValueError(
+            f"there is no network that scores of sets are made of: {config.pretrained} has none, and"
+            " none of eval.clip, eval.inception and eval.dinov2 is given"
+        )
+    found = measure(config, images, networks, names, mesh)
+    if not distributed.is_first():
+        return
+    found.write(output)
+    facts = found.provenance
+    widths = ", ".join(f"{name} {found.features[name]['image'].shape[1]}" for name in names)
+    print(
+        f"{output}: {facts.count} images of {facts.size} pixels, {facts.skipped} skipped; {widths}"
+    )
+
+
+if __name__ == "__main__":
+    run_command(main, RunConfig, description=__doc__, add_flags=add_flags, in_workdir=False)
