@@ -158,7 +158,8 @@ def compiled(program: Program) -> Compiled:
     """
     traced = lowered(program)
     try:
-        with progress(program.name, ANY + PRODUCT * _products(traced.as_text())):
+        expected = ANY + PRODUCT * _products(traced.as_text())
+        with progress(f"{program.name} (longer with parameters in parts)", expected):
             done = traced.compile()
     except jax.errors.JaxRuntimeError as error:
         if (found := OutOfMemory.read(error)) is None:
@@ -192,11 +193,7 @@ def progress(name: str, expected: float) -> Iterator[None]:
         while not over.wait(PAUSE):
             _log.info("Still compiling %s, %.0f s so far.", name, time.monotonic() - begun)
 
-    _log.info(
-        "Compiling %s, which takes about %.0f s on two cores, and longer with parameters in parts.",
-        name,
-        expected,
-    )
+    _log.info("Compiling %s: about %.0f s on two cores.", name, expected)
     thread = threading.Thread(target=say, daemon=True)
     thread.start()
     try:

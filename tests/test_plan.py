@@ -43,6 +43,7 @@ def test_the_table_has_every_backbone_beside_what_is_printed_of_it(capsys):
         (("--topology=v5e:2x4",), "takes --config=FILE"),
         ((*SMALL, "--topology=v5e:2x4", "--slices=0"), "--slices is 0"),
         ((*SMALL, "--topology=v5e:2x4", "--search=0"), "--search is 0"),
+        ((*SMALL, "--topology=v5e:2x4", "--memory", "--profile"), "--memory stops before times"),
     ],
 )
 def test_what_is_missing_is_said(words, sentence):
@@ -85,6 +86,33 @@ def test_a_plan_adds_up():
     # Two blocks' worth of parameters, gathered for each pass, in bfloat16: no more is gathered than that.
     assert "all-gather among 4" in text
     assert "reduce-scatter among 4" in text
+
+
+@pytest.mark.slow
+def test_memory_before_code_is_that_of_the_whole_compilation():
+    words = ("--topology=v5p:2x2x1", "--config.mesh.data=1", "--config.mesh.fsdp=4")
+    whole = planned(*words, "--program=training")
+    early = planned(*words, "--program=training", "--memory")
+    for name in ("parameters", "moments", "average", "results"):
+        assert number(rf"{name} ([\d.]+)", early) == number(rf"{name} ([\d.]+)", whole)
+    temporaries = number(r"temporaries ([\d.]+)", whole)
+    assert number(r"temporaries ([\d.]+)", early) == pytest.approx(temporaries, rel=0.05, abs=0.02)
+    sent = [re.findall(r"\d+ x [a-z\-]+ among .*", text) for text in (early, whole)]
+    assert sent[0] == sent[1] != []
+    assert "images/s" not in early and "for the program" in early
+
+
+@pytest.mark.slow
+def test_what_does_not_fit_is_refused_before_code():
+    words = (
+        "--topology=v5e:2x2",
+        "--config.train.batch=16384",
+        "--config.backbone.pixart.remat=none",
+    )
+    text = planned(*words, "--program=training", "--memory")
+    assert re.search(r"training: does not fit: a program needs [\d.]+ GiB a device", text)
+    found = planned(*words, "--search=1", "--memory")
+    assert "fit by arithmetic" in found and "fastest: --config.mesh.data=" in found
 
 
 def test_encoding_is_planned_by_its_own_batch():
