@@ -93,8 +93,14 @@ def plan(flags: argparse.Namespace, devices: Sequence[Any]) -> Iterator[str]:
     mesh = make_mesh(config.mesh, devices)
     yield from heading(config, flags, mesh)
     for name in (flags.program,) if flags.program else PLANNED:
-        program = programs.PROGRAMS[name](config, mesh)
         yield ""
+        try:
+            program = programs.PROGRAMS[name](config, mesh)
+        except ValueError as error:  # of a batch that the mesh does not divide
+            if flags.program:
+                raise
+            yield f"{name}: {error} ({IMAGES[name]})" if name in IMAGES else f"{name}: {error}"
+            continue
         try:
             if flags.memory:
                 found = scheduled(program, config, flags.topology, flags.slices)

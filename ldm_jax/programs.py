@@ -16,7 +16,7 @@ from ldm_jax import build
 from ldm_jax.config import RunConfig
 from ldm_jax.models.flops import count, traced_flops
 from ldm_jax.nn.functional import Functional
-from ldm_jax.parallel import batch_sharding, device_bytes, jit, replicated
+from ldm_jax.parallel import batch_sharding, check_rows, device_bytes, jit, replicated
 from ldm_jax.parallel.cost import Cost, OutOfMemory, Profile, cost, profile, wasteful
 from ldm_jax.pretrained import Pretrained, abstract_pretrained
 from ldm_jax.types import Batch, Cond
@@ -80,6 +80,7 @@ def training(config: RunConfig, mesh: Mesh) -> Program:
     network, pretrained, _, side = parts(config, mesh)
     made = build.make_training(config, network, pretrained, mesh)
     rows, places = config.train.batch, batch_sharding(mesh)
+    check_rows(rows, mesh)
 
     def array(dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((rows, *shape), dtype, sharding=places)
@@ -101,10 +102,11 @@ def training(config: RunConfig, mesh: Mesh) -> Program:
 
 
 def sampling(config: RunConfig, mesh: Mesh) -> Program:
-    """`config.sampling`, from tokens to images, for `sampling.batch` of them."""
+    """`config.sampling`, from tokens to images, for `sampling.batch` of them, which the mesh has to divide."""
     network, pretrained, _, side = parts(config, mesh)
     generate = build.make_sampling(config, network, pretrained)
     rows, places = config.sampling.batch, batch_sharding(mesh)
+    check_rows(rows, mesh)
     length = _text_tokens(pretrained)
     whole = replicated(mesh)
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), rows))
@@ -127,6 +129,7 @@ def encoding(config: RunConfig, mesh: Mesh) -> Program:
     """What makes latents in `encode`, of `data.encode_batch` images."""
     pretrained, _ = abstract_pretrained(config, mesh)
     rows, size = config.data.encode_batch, config.data.size
+    check_rows(rows, mesh)
 
     def images(rows: int) -> jax.ShapeDtypeStruct:
         shape = (rows, size, size, pretrained.autoencoder.config.in_channels)

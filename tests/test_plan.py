@@ -111,7 +111,7 @@ def test_what_does_not_fit_is_refused_before_code():
     )
     text = planned(*words, "--program=training", "--memory")
     assert re.search(r"training: does not fit: a program needs [\d.]+ GiB a device", text)
-    found = planned(*words, "--search=1", "--memory")
+    found = planned(words[0], "--config.train.batch=512", "--search=1", "--memory")
     assert "fit by arithmetic" in found and "fastest: --config.mesh.data=" in found
 
 
@@ -123,6 +123,15 @@ def test_encoding_is_planned_by_its_own_batch():
     attention = 2 * 2 * 64 * 64 * 512
     assert program.flops == 16 * (16_910_917_632 + attention)
     assert program.arguments["images"].shape == (16, 64, 64, 3) and program.images == 16
+
+
+@pytest.mark.parametrize(
+    ("name", "setting"), [("sampling", "sampling.batch=12"), ("encoding", "data.encode_batch=12")]
+)
+def test_a_batch_that_the_mesh_does_not_divide_is_refused(name, setting):
+    config = parse((*SMALL, f"--config.{setting}"), RunConfig, in_workdir=False).config
+    with pytest.raises(ValueError, match="A batch of 12 does not divide over the 8 devices"):
+        programs.PROGRAMS[name](config, make_mesh(config.mesh))
 
 
 COLLECTIVES = """

@@ -128,7 +128,7 @@ def put_batch(batch: Any, mesh: Mesh) -> Any:
     sharding, (_, parts) = batch_sharding(mesh), batch_share(mesh)
 
     def put(array: Any) -> jax.Array:
-        _check_rows(len(array) * parts, mesh)
+        check_rows(len(array) * parts, mesh)
         return jax.make_array_from_process_local_data(sharding, array)
 
     return jax.tree.map(put, batch)
@@ -140,7 +140,7 @@ def put_same(batch: Any, mesh: Mesh) -> Any:
 
     def put(array: Any) -> jax.Array:
         array = np.asarray(array)
-        _check_rows(len(array), mesh)
+        check_rows(len(array), mesh)
         return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
     return jax.tree.map(put, batch)
@@ -150,7 +150,8 @@ def _ways(mesh: Mesh) -> int:
     return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
-def _check_rows(size: int, mesh: Mesh) -> None:
+def check_rows(size: int, mesh: Mesh) -> None:
+    """Raises ValueError for a batch that does not divide over the devices that share it."""
     ways = _ways(mesh)
     if size % ways:
         raise ValueError(
