@@ -1,9 +1,9 @@
 """The main job in minutes on two cores: one object a scene, the embedded models, a UNet of 1.1M parameters.
 
-Expected on 256 prompts: faithfulness 0.90 (95% of it between 0.89 and 0.92; untrained 0.35, true renders 1.00), CLIP score
-0.70 (-0.11, 0.84), Fréchet distance of CLIP's features 0.037 (1.51, 0.012) and KID 0.0008 (0.051, 0.0002); the same for
-combinations that training never shows. Cost: ten minutes on two cores, 50 s of them to encode, 70 s to compile, and an
-eighth of training to evaluate.
+Expected on 256 prompts: faithfulness 0.90 (95% of it between 0.89 and 0.92; untrained 0.35, true renders 1.00), CLIP
+score 0.70 (-0.11, 0.84), Fréchet distance of CLIP's features 0.037 (1.51, 0.012) and KID 0.0008 (0.051, 0.0002); the
+same for combinations that training never shows. Cost: ten minutes on two cores, 50 s of them to encode, 70 s to
+compile, and an eighth of training to evaluate.
 """
 
 from ldm_jax.config import DataConfig, EvalConfig, RunConfig, SamplingConfig, TrainConfig
