@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 
 from ldm_jax.evals.generation import Generate
 from ldm_jax.parallel import jit, put_same, replicated
-from ldm_jax.types import Estimate, Images, OneTokens, Params, Tokens
+from ldm_jax.types import Estimate, Images, NegativeTokens, Params, Tokens
 
 
 def proceed() -> None:
@@ -58,13 +58,13 @@ class Evaluator:
         scorers: Mapping[str, Scorer],
         *,
         tokens: Tokens,
-        empty: OneTokens,
+        negative: NegativeTokens,
         key: jax.Array,
         mesh: Mesh,
         batch: int,
     ) -> None:
-        """Args: `tokens` [n, L] and `empty` [1, L] are for the model; `batch` images are drawn at a time."""
-        self._scorers, self._empty, self._key = scorers, empty, key
+        """Args: `tokens` [n, L] and `negative` [1, L] are for the model; `batch` images are drawn at a time."""
+        self._scorers, self._key = scorers, key
         self._mesh, self._batch, self._count = mesh, batch, len(tokens)
         self._inputs = {"tokens": tokens, "index": np.arange(len(tokens), dtype=np.uint32)}
         self._read = {name: scorer.tokens for name, scorer in scorers.items()}
@@ -79,7 +79,7 @@ class Evaluator:
             params: Params, frozen: Params, rows: dict[str, Any], guidance: Float[Array, ""]
         ) -> tuple[Images, dict[str, Any]]:
             keys = jax.vmap(jax.random.fold_in, (None, 0))(key, rows["index"])
-            images = generate(params, frozen, rows["tokens"], empty, keys, guidance)
+            images = generate(params, frozen, rows["tokens"], negative, keys, guidance)
             return images, features(frozen, images, rows["read"])
 
         self._run = jit(run, mesh, out_shardings=replicated(mesh))

@@ -53,7 +53,7 @@ def evaluator(batch: int, devices: int, sampler=DDIM()) -> Evaluator:
         generate(sampler),
         {"sum": Scorer(Sums(), "scale", tokens, np.arange(COUNT))},
         tokens=tokens,
-        empty=np.zeros((1, 2), np.int32),
+        negative=np.zeros((1, 2), np.int32),
         key=jax.random.key(3),
         mesh=make_mesh(MeshConfig(), jax.devices()[:devices]),
         batch=batch,
