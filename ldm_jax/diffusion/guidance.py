@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float
 from ldm_jax.diffusion.predictions import Prediction, per_example, solve
 from ldm_jax.types import (
     Apply,
+    Arr,
     Context,
     Denoise,
     Denoised,
@@ -117,7 +118,7 @@ def guided_steps(grid: Point, interval: Interval) -> Bool[np.ndarray, " S"]:
             "is part of the program"
         )
     low, high = interval
-    sigma = np.asarray(grid.sigma)[:-1]
+    sigma = np.round(np.asarray(grid.sigma)[:-1], 9)  # so that a level of 0.3 lies in 0.3 to 1
     return (low <= sigma) & (sigma <= high)
 
 
@@ -144,7 +145,7 @@ def _rescaled(y: Latent, y_c: Latent, share: float) -> Latent:
     return (share * spread_c / jnp.maximum(spread, smallest) + 1 - share) * y
 
 
-def _conditional(rows: Array) -> Array:
+def _conditional(rows: Arr) -> Arr:
     """The conditional half of rows that `join` put together."""
     return rearrange(rows, "(B two) ... -> two B ...", two=2)[0]
 
