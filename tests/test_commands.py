@@ -252,8 +252,10 @@ def sampling_of(monkeypatch, **changes):
     sampling = dataclasses.replace(runs.TINY.sampling, **changes)
     config = dataclasses.replace(runs.TINY, schedule=RectifiedFlow(), sampling=sampling)
     pretrained = load_pretrained(config, make_mesh(config.mesh))
-    monkeypatch.setattr(build, "make_generate", lambda *args, **options: options)
-    return build.make_sampling(config, build.make_backbone(config, pretrained), pretrained)
+    given = {}
+    monkeypatch.setattr(build, "make_generate", lambda *_, **options: given.update(options) or max)
+    build.make_sampling(config, build.make_backbone(config, pretrained), pretrained)
+    return given
 
 
 def test_sampling_is_built_as_the_config_says(monkeypatch):
