@@ -260,7 +260,7 @@ def make_sampling(config: RunConfig, network: Functional, pretrained: Pretrained
     """
     sampling, prediction = config.sampling, diffusion.PREDICTIONS[config.prediction]
     grid = diffusion.grid(config.schedule, sampling.spacing, sampling.steps)
-    diffusion.check(sampling.sampler, grid)
+    diffusion.check_walk(sampling.sampler, grid)
     if not np.all(diffusion.determinant(prediction, grid)[:-1]):
         raise ValueError(
             f"prediction {config.prediction!r} says nothing of the image at a signal of 0, where this schedule starts:"

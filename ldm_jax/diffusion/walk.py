@@ -58,12 +58,13 @@ def sample(
     `x_1` should have the variance alpha^2 + sigma^2 of a noisy latent whose data has unit variance:
     that is `initial_noise` as it is if the schedule preserves variance or the walk starts at pure
     noise. `keys` holds one key a prompt; the noise of step i is drawn from `fold_in(key, i)`.
-    Where guidance is limited to an interval, each of the (at most three) segments has its scan.
+    Where guidance is limited to an interval, each of the (at most three) segments of the walk has a
+    scan of its own.
 
     Raises:
-      ValueError: `check` refuses the grid, or guidance is limited and the grid is traced.
+      ValueError: `check_walk` refuses the grid, or guidance is limited and the grid is traced.
     """
-    check(sampler, grid)
+    check_walk(sampler, grid)
     start = jnp.asarray(x_1, jnp.float32)
     state = start, sampler.init(start)
     for part, first, end in segments(denoise, grid):
@@ -85,7 +86,7 @@ def _scan(
     return jax.lax.scan(body, state, steps)[0]
 
 
-def check(sampler: Sampler, grid: Point) -> None:
+def check_walk(sampler: Sampler, grid: Point) -> None:
     """Refuses a sampler on a grid where it is not defined; a traced grid cannot be looked at.
 
     Raises:

@@ -135,9 +135,8 @@ def test_rescaled_guidance_is_theirs(x_1, phi):
 def test_rescaled_betas_are_theirs():
     theirs = [scheduler("DDIM", rescale_betas_zero_snr=zero) for zero in (False, True)]
     betas, rescaled = (t.betas.double().numpy() for t in theirs)
-    np.testing.assert_allclose(
-        zero_terminal_snr(tuple(betas)), rescaled, rtol=2e-4
-    )  # theirs are in f32
+    found = zero_terminal_snr(tuple(betas))
+    np.testing.assert_allclose(found, rescaled, rtol=5e-4)  # theirs are made in f32
 
 
 @pytest.mark.parametrize(

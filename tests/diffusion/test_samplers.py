@@ -24,7 +24,7 @@ from ldm_jax.diffusion import (
     RectifiedFlow,
     ScaledLinear,
     Trailing,
-    check,
+    check_walk,
     gaussian,
     grid,
     initial_noise,
@@ -221,8 +221,8 @@ def test_a_sampler_is_refused_where_it_is_not_defined_before_anything_is_traced(
     with pytest.raises(ValueError, match=r"no signal, .*variable='path'"):
         sample(denoise, np.ones((1, 4, 4, 2)), points, keys_of(1), Heun(variable="ratio"))
     assert not traces
-    check(Heun(variable="ratio"), grid(RectifiedFlow(), Karras(), 4))
-    check(Heun(variable="path"), points)
+    check_walk(Heun(variable="ratio"), grid(RectifiedFlow(), Karras(), 4))
+    check_walk(Heun(variable="path"), points)
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
@@ -232,4 +232,4 @@ def test_a_grid_with_a_second_point_without_noise_or_signal_is_refused(name):
         row = getattr(good, field).copy()
         row[2] = 0
         with pytest.raises(ValueError, match="signal at all of its points but the first"):
-            check(SAMPLERS[name](), good._replace(**{field: row}))
+            check_walk(SAMPLERS[name](), good._replace(**{field: row}))
