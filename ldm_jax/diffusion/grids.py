@@ -97,7 +97,7 @@ class Linspace:
 
 @dataclass(frozen=True)
 class Distilled:
-    """The indices that latent consistency models are distilled for (Luo et al. 2023), then the image.
+    """Indices that latent consistency models are distilled for (Luo et al. 2023), then the image.
 
     Of the `original` indices evenly up to the last one, S evenly from that one down.
 
@@ -180,8 +180,7 @@ class Karras:
 class LogSNR:
     """Points evenly spaced in the log of the signal-to-noise ratio, then the clean image.
 
-    Lu et al. (2022, DPM-Solver, arXiv:2206.00927, section 3.4); diffusers' `use_lu_lambdas` and
-    `use_exponential_sigmas`. The walk keeps within the schedule's own ratios, and within `lowest` to
+    Lu et al. (2022, arXiv:2206.00927); diffusers' `use_lu_lambdas` and `use_exponential_sigmas`. The walk keeps within the schedule's own ratios, and within `lowest` to
     `highest` where those are infinite or 0.
 
     Raises:

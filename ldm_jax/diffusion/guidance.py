@@ -153,9 +153,9 @@ def _conditional(rows: Arr) -> Arr:
 def join(cond: Any, uncond: Any) -> Any:
     """Interleaves B conditional rows with B unconditional ones, or with one for all: c_1, u_1, ...
 
-    It takes any pytree of arrays [B, ...]: a Cond, or tokens still to be encoded. Unconditional rows
-    may be those of the empty prompt or of negative ones, which guidance leads away from. The two of a pair
-    lie side by side, so that a batch sharded over devices is guided without communication.
+    It takes any pytree of arrays [B, ...]: a Cond, or tokens still to be encoded. Unconditional
+    rows may be of the empty prompt, or of negative ones, away from which guidance leads. The two of
+    a pair lie side by side, so that a batch sharded over devices is guided without communication.
 
     Raises:
       ValueError: the two have not the same fields, or `uncond` has neither 1 nor B rows.

@@ -83,8 +83,7 @@ class EulerAncestral(DDIM):
     """k-diffusion's Euler ancestral: an Euler step to below the next level, then noise up to it.
 
     For the noise-to-signal ratios u of t and s it goes down to sqrt(u_s^2 - up^2) with
-    up = eta u_s sqrt(1 - u_s^2 / u_t^2) (Crowson's k-diffusion; Song et al. 2021 (DDIM), eq. 16),
-    which is DDIM with that `eta`, on any schedule.
+    up = eta u_s sqrt(1 - u_s^2 / u_t^2), which is DDIM with that `eta` (its eq. 16), on any schedule.
 
     Raises:
       ValueError: `eta` lies outside [0, 1].
@@ -99,7 +98,7 @@ class LCM(Memoryless):
 
     Each step goes to the data at once and noises it again: x_s = alpha_s f + sigma_s n, and ends at
     f itself. f = c_skip x + c_out x_0 with c_skip = d^2 / (k^2 + d^2), c_out = k / sqrt(k^2 + d^2),
-    d = 0.5 and k = `scaling` times what the network is told of the time (Luo et al. 2023, eq. 9).
+    d = 0.5 and k = `scaling` times what the network is told of the time (arXiv:2310.04378).
     The network must have been distilled to be such a function: the exact denoiser gives blurred
     samples whatever the number of steps, so `order` is 0.
 

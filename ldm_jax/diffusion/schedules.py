@@ -78,8 +78,8 @@ def zero_terminal_snr(betas: tuple[float, ...]) -> tuple[float, ...]:
 class ScaledLinear:
     """Stable Diffusion's discrete schedule, with evenly spaced square roots of the betas.
 
-    It is that of Rombach et al. (2022), or with `zero_terminal_snr` what that function makes of it, from
-    which a network learns only if it predicts v or x_0. For close parity with a program that keeps its betas in
+    It is that of Rombach et al. (2022), or with `zero_terminal_snr` what that function makes of it,
+    which is for networks that predict v or x_0. For close parity with a program that keeps its betas in
     f32, give those to `Discrete`.
 
     Raises:

@@ -20,7 +20,7 @@ class DPMpp(Memoryless):
     """DPM-Solver++, multistep, of order 1 or 2 (Lu et al. 2022, arXiv:2211.01095, algorithm 2).
 
     In the log-SNR l = log(alpha / sigma) the flow is an integral of x_0 alone. Order 1 takes x_0 as
-    constant over a step h of l, which is DDIM. Order 2 adds the slope of x_0 over the step h_0 before:
+    constant over a step h of l, which is DDIM. Order 2 adds its slope over the step h_0 before:
     gain h / (2 h_0) times the change of x_0 (`solver` midpoint, the paper's), or
     (alpha_s h - gain) / h_0 times it (heun, exact if x_0 were linear in l), with
     gain = alpha_s (1 - e^-h) = alpha_s - alpha_t sigma_s / sigma_t.
@@ -55,7 +55,7 @@ class DPMpp(Memoryless):
         return x + at(self._slope(grid), i) * (denoised.x_0 - carry), denoised.x_0
 
     def _slope(self, grid: Point) -> Row:
-        """What each step adds of the change of x_0 since the point before; 0 where it is of order 1."""
+        """What each step adds of the last change of x_0; 0 where it is of order 1."""
         xp = grid.alpha.__array_namespace__()
         mixed = (grid.alpha > 0) & (grid.sigma > 0)
         alpha, sigma = xp.where(mixed, grid.alpha, 1.0), xp.where(mixed, grid.sigma, 1.0)
