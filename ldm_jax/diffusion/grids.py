@@ -180,8 +180,9 @@ class Karras:
 class LogSNR:
     """Points evenly spaced in the log of the signal-to-noise ratio, then the clean image.
 
-    Lu et al. (2022, arXiv:2206.00927); diffusers' `use_lu_lambdas` and `use_exponential_sigmas`. The walk keeps within the schedule's own ratios, and within `lowest` to
-    `highest` where those are infinite or 0.
+    Lu et al. (2022, arXiv:2206.00927); diffusers' `use_lu_lambdas` and `use_exponential_sigmas`.
+    The walk keeps within the schedule's own ratios, and within `lowest` to `highest` where those are
+    infinite or 0.
 
     Raises:
       ValueError: not 0 < lowest < highest.
