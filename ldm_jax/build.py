@@ -253,10 +253,12 @@ def make_sampling(config: RunConfig, network: Functional, pretrained: Pretrained
     """The program from prompts to images that `config.sampling` describes.
 
     Raises:
-      ValueError: the prediction does not determine the image where the sampler starts.
+      ValueError: the prediction does not determine the image where the sampler starts, or the
+        sampler is not defined on the schedule with this spacing.
     """
-    prediction = diffusion.PREDICTIONS[config.prediction]
-    grid = diffusion.grid(config.schedule, config.sampling.spacing, config.sampling.steps)
+    sampling, prediction = config.sampling, diffusion.PREDICTIONS[config.prediction]
+    grid = diffusion.grid(config.schedule, sampling.spacing, sampling.steps)
+    diffusion.check_walk(sampling.sampler, grid)
     if not np.all(diffusion.determinant(prediction, grid)[:-1]):
         raise ValueError(
             f"prediction {config.prediction!r} says nothing of the image at a signal of 0, where this schedule starts:"
@@ -270,9 +272,18 @@ def make_sampling(config: RunConfig, network: Functional, pretrained: Pretrained
         pretrained.decode,
         prediction=prediction,
         grid=grid,
-        sampler=config.sampling.sampler,
+        sampler=sampling.sampler,
         shape=(side, side, pretrained.autoencoder.config.latent_channels),
+        rescale=sampling.guidance_rescale,
+        interval=sampling.guidance_interval,
     )
+
+
+def evaluations(config: RunConfig) -> int:
+    """How many latents the network sees for one image of `config.sampling`, of both branches."""
+    sampling = config.sampling
+    grid = diffusion.grid(config.schedule, sampling.spacing, sampling.steps)
+    return diffusion.evaluations(sampling.sampler, grid, sampling.guidance_interval)
 
 
 def make_prompts(config: RunConfig, workdir: epath.PathLike) -> Prompts:
@@ -293,6 +304,6 @@ def make_evaluator(
         make_sampling(config, network, pretrained),
         viewer,
         tokens=pretrained.text(list(prompts.texts)),
-        empty=pretrained.text([""]),
+        negative=pretrained.text([config.sampling.negative]),
         key=key(config, "eval"),
     )

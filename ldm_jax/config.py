@@ -24,6 +24,7 @@ from ldm_jax.data.durable import write_atomically
 from ldm_jax.diffusion import (
     DDIM,
     DRAWS,
+    EVERYWHERE,
     PREDICTIONS,
     SAMPLERS,
     SCHEDULES,
@@ -41,6 +42,8 @@ from ldm_jax.diffusion import (
     Trailing,
     Uniform,
     Weighting,
+    check_interval,
+    check_rescale,
 )
 from ldm_jax.evals import METRICS
 from ldm_jax.models import BACKBONES, Backbone
@@ -87,13 +90,24 @@ class SamplingConfig:
 
     sampler: Sampler = choice(SAMPLERS, DDIM())  # the rule of a step
     spacing: Spacing = choice(SPACINGS, Trailing())  # which points of the schedule it visits
-    steps: int = 50  # network evaluations an image (pairs of them with guidance)
+    steps: int = (
+        50  # steps of the walk: network evaluations (heun: two a step), in pairs with guidance
+    )
     guidance: float = 7.5  # scale of classifier-free guidance
+    guidance_interval: tuple[float, float] = (
+        EVERYWHERE  # noise levels sigma, of 0 to 1, with guidance; elsewhere it costs nothing
+    )
+    guidance_rescale: float = (
+        0.0  # share of the contrast added by guidance that is taken back, 0 to 1
+    )
+    negative: str = ""  # prompt that guidance leads away from
     batch: int = 32  # images drawn at a time
     tile: int = 0  # latent rows and columns decoded at a time, for large images; 0: all at once
 
     def __post_init__(self) -> None:
         _at_least_one(self, "steps", "batch")
+        check_interval(self.guidance_interval)
+        check_rescale(self.guidance_rescale)
         if self.tile < 0:
             raise ValueError(f"tile is {self.tile}; it is a number of latent rows, or 0")
 

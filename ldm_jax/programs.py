@@ -115,12 +115,12 @@ def sampling(config: RunConfig, mesh: Mesh) -> Program:
         "parameters": build.make_training(config, network, pretrained, mesh).abstract.params,
         "frozen": frozen,
         "tokens": jax.ShapeDtypeStruct((rows, length), jnp.int32, sharding=places),
-        "empty": jax.ShapeDtypeStruct((1, length), jnp.int32, sharding=whole),
+        "negative": jax.ShapeDtypeStruct((1, length), jnp.int32, sharding=whole),
         "keys": jax.ShapeDtypeStruct(keys.shape, keys.dtype, sharding=places),
         "guidance": jax.ShapeDtypeStruct((), jnp.float32, sharding=whole),
     }
     forward = count(config.backbone, side, _length(pretrained)).total.flops
-    flops = 2 * forward * config.sampling.steps * rows  # with and without the prompt
+    flops = forward * build.evaluations(config) * rows
     jitted = jit(generate, mesh, out_shardings=whole)
     return Program("sampling", jitted, arguments, mesh, flops, rows)
 

@@ -89,7 +89,7 @@ def draw(
 ) -> Images:
     """Images [prompts x seeds, rows, columns, 3] in [-1, 1], the seeds of a prompt side by side."""
     tokens = np.repeat(pretrained.text(prompts), seeds, axis=0)
-    empty, key = pretrained.text([""]), build.key(config, "sample")
+    negative, key = pretrained.text([config.sampling.negative]), build.key(config, "sample")
     number, seed = np.divmod(np.arange(len(tokens), dtype=np.uint32), np.uint32(seeds))
 
     @functools.partial(jit, mesh=mesh, out_shardings=replicated(mesh))
@@ -98,7 +98,7 @@ def draw(
     ) -> Images:
         fold = jax.vmap(lambda n, s: jax.random.fold_in(jax.random.fold_in(key, n), s))
         keys = fold(rows["number"], rows["seed"])
-        return generate(params, frozen, rows["tokens"], empty, keys, scale)
+        return generate(params, frozen, rows["tokens"], negative, keys, scale)
 
     rows, size, images = (
         {"tokens": tokens, "number": number, "seed": seed},

@@ -29,7 +29,7 @@ Latent = Float[Arr, "B H W C"]
 Images = Float[Arr, "B rows columns 3"]
 SomeImages = Float[Arr, "_ rows columns 3"]  # a part, of any number
 Tokens = Int32[Arr, "B L"]
-OneTokens = Int32[Arr, "1 L"]  # a caption alone
+NegativeTokens = Int32[Arr, "negatives L"]  # one caption for all of a batch, or one each
 PerExample = Float[Arr, " B"]
 Keys = Key[jax.Array, " B"]
 

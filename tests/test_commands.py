@@ -14,6 +14,7 @@ from PIL import Image
 
 from ldm_jax import build, encode, evaluate, report, sample, train
 from ldm_jax.data.durable import alone_in
+from ldm_jax.diffusion import Even, Heun, RectifiedFlow
 from ldm_jax.flags import UsageError, parse
 from ldm_jax.parallel import make_mesh
 from ldm_jax.pretrained import load_pretrained, pretrained_directory
@@ -280,6 +281,38 @@ def test_a_prediction_that_says_nothing_at_the_start_is_refused(run, tmp_path):
         runs.run(
             train, tmp_path, runs.given(tmp_path), *words, "--config.sampling.spacing.name=uniform"
         )
+
+
+def sampling_of(monkeypatch, **changes):
+    """What `build.make_sampling` gives to `make_generate`."""
+    sampling = dataclasses.replace(runs.TINY.sampling, **changes)
+    config = dataclasses.replace(runs.TINY, schedule=RectifiedFlow(), sampling=sampling)
+    pretrained = load_pretrained(config, make_mesh(config.mesh))
+    given = {}
+    monkeypatch.setattr(build, "make_generate", lambda *_, **options: given.update(options) or max)
+    build.make_sampling(config, build.make_backbone(config, pretrained), pretrained)
+    return given
+
+
+def test_sampling_is_built_as_the_config_says(monkeypatch):
+    given = {"sampler": Heun(), "guidance_interval": (0.2, 0.9), "guidance_rescale": 0.7}
+    made = sampling_of(monkeypatch, spacing=Even(), steps=4, **given)
+    assert (made["sampler"], made["interval"], made["rescale"]) == tuple(given.values())
+    np.testing.assert_allclose(made["grid"].sigma, [1, 0.75, 0.5, 0.25, 0])
+
+
+def test_a_sampler_is_refused_where_it_is_not_defined(monkeypatch):
+    with pytest.raises(ValueError, match="cannot start where there is no signal"):
+        sampling_of(monkeypatch, sampler=Heun(variable="ratio"), spacing=Even(), steps=4)
+
+
+def test_guidance_leads_away_from_the_negative_prompt(run, tmp_path):
+    for negative in ("", "a small blue ring"):
+        words = [f"--prompt={LARGE_RED}", f"--output={tmp_path / (negative or 'none')}"]
+        words += [f"--config.sampling.negative={negative}", "--config.sampling.guidance=7.0"]
+        runs.run(sample, run, *words, add_flags=sample.add_flags)
+    one, other = (read(tmp_path / name / "00000-00.png") for name in ("none", "a small blue ring"))
+    assert np.abs(one - other).max() > 0
 
 
 def test_images_that_do_not_divide_over_the_levels_are_refused():

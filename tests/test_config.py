@@ -17,7 +17,8 @@ from ldm_jax.config import (
     claim,
 )
 from ldm_jax.configuration import from_config_dict, from_json, settings, to_config_dict, to_json
-from ldm_jax.flags import load_config
+from ldm_jax.diffusion import DPMpp
+from ldm_jax.flags import load_config, parse
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.py"))
 
@@ -54,6 +55,32 @@ def test_config_file_makes_a_run_config_and_says_what_to_expect(path):
 def test_a_number_that_cannot_be_is_refused_by_name(section, name, value, allowed):
     with pytest.raises(ValueError, match=f"{name} is .*{allowed}"):
         section(**{name: value})
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"guidance_interval": (0.2, 1.2)}, "0 <= low <= high <= 1, got 0.2 to 1.2"),
+        ({"guidance_interval": (0.5, 0.2)}, "0 <= low <= high <= 1, got 0.5 to 0.2"),
+        ({"guidance_rescale": -0.5}, r"a share in \[0, 1\], got -0.5"),
+    ],
+)
+def test_impossible_guidance_is_refused(changes, words):
+    with pytest.raises(ValueError, match=words):
+        SamplingConfig(**changes)
+
+
+def test_an_interval_of_guidance_is_given_on_the_command_line():
+    words = [
+        f"--config={CONFIGS[0]}",
+        "--workdir=here",
+        "--config.sampling.guidance_interval=0.2,0.8",
+    ]
+    words += ["--config.sampling.sampler.name=dpmpp", "--config.sampling.sampler.dpmpp.order=1"]
+    config = parse([*words, "--config.sampling.negative=a blur"], RunConfig).config
+    assert config.sampling.guidance_interval == (0.2, 0.8)
+    assert config.sampling.sampler == DPMpp(order=1)
+    assert config.sampling.negative == "a blur"
 
 
 def test_a_run_may_continue_with_a_library_that_has_more_settings(tmp_path):

@@ -5,8 +5,26 @@ Any function `apply(params, x, told, context)` that returns an array like x can 
 """
 
 from ldm_jax.diffusion.draws import Draw, Independent, Weyl, gaussian
-from ldm_jax.diffusion.grids import Even, Leading, Linspace, Spacing, Trailing, grid
-from ldm_jax.diffusion.guidance import denoiser, join
+from ldm_jax.diffusion.grids import (
+    Distilled,
+    Even,
+    Karras,
+    Leading,
+    Linspace,
+    LogSNR,
+    Spacing,
+    Trailing,
+    grid,
+)
+from ldm_jax.diffusion.guidance import (
+    EVERYWHERE,
+    Interval,
+    Limited,
+    check_interval,
+    check_rescale,
+    denoiser,
+    join,
+)
 from ldm_jax.diffusion.losses import (
     Flat,
     Loss,
@@ -27,22 +45,49 @@ from ldm_jax.diffusion.predictions import (
     velocity,
     x_0,
 )
-from ldm_jax.diffusion.samplers import DDIM, DDPM, Sampler, initial_noise, sample
-from ldm_jax.diffusion.schedules import Cosine, Discrete, RectifiedFlow, ScaledLinear, Schedule
+from ldm_jax.diffusion.samplers import DDIM, DDPM, LCM, Euler, EulerAncestral
+from ldm_jax.diffusion.schedules import (
+    Cosine,
+    Discrete,
+    RectifiedFlow,
+    ScaledLinear,
+    Schedule,
+    zero_terminal_snr,
+)
+from ldm_jax.diffusion.solvers import DPMpp, Heun
 from ldm_jax.diffusion.times import LogitNormal, Times, Uniform
+from ldm_jax.diffusion.walk import Sampler, check_walk, evaluations, initial_noise, sample
 
 SCHEDULES = {"scaled_linear": ScaledLinear, "cosine": Cosine, "rectified_flow": RectifiedFlow}
 PREDICTIONS = {"eps": eps, "x_0": x_0, "v": v, "velocity": velocity}
 TIMES = {"uniform": Uniform, "logit_normal": LogitNormal}
 DRAWS = {"independent": Independent, "weyl": Weyl}
 WEIGHTINGS = {"flat": Flat, "min_snr": MinSNR}
-SPACINGS = {"leading": Leading, "trailing": Trailing, "linspace": Linspace, "uniform": Even}
-SAMPLERS = {"ddim": DDIM, "ddpm": DDPM}
+SPACINGS = {
+    "leading": Leading,
+    "trailing": Trailing,
+    "linspace": Linspace,
+    "uniform": Even,
+    "karras": Karras,
+    "log_snr": LogSNR,
+    "distilled": Distilled,
+}
+SAMPLERS = {
+    "ddim": DDIM,
+    "ddpm": DDPM,
+    "dpmpp": DPMpp,
+    "euler": Euler,
+    "euler_ancestral": EulerAncestral,
+    "heun": Heun,
+    "lcm": LCM,
+}
 
 __all__ = [
     "DDIM",
     "DDPM",
     "DRAWS",
+    "EVERYWHERE",
+    "LCM",
     "PREDICTIONS",
     "SAMPLERS",
     "SCHEDULES",
@@ -50,13 +95,22 @@ __all__ = [
     "TIMES",
     "WEIGHTINGS",
     "Cosine",
+    "DPMpp",
     "Discrete",
+    "Distilled",
     "Draw",
+    "Euler",
+    "EulerAncestral",
     "Even",
     "Flat",
+    "Heun",
     "Independent",
+    "Interval",
+    "Karras",
     "Leading",
+    "Limited",
     "Linspace",
+    "LogSNR",
     "LogitNormal",
     "Loss",
     "MinSNR",
@@ -72,10 +126,14 @@ __all__ = [
     "ValidationLoss",
     "Weighting",
     "Weyl",
+    "check_interval",
+    "check_rescale",
+    "check_walk",
     "denoiser",
     "determinant",
     "diffuse",
     "eps",
+    "evaluations",
     "gaussian",
     "grid",
     "initial_noise",
@@ -88,4 +146,5 @@ __all__ = [
     "v",
     "velocity",
     "x_0",
+    "zero_terminal_snr",
 ]

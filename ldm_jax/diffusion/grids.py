@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import numpy as np
-from jaxtyping import Shaped
+from jaxtyping import Float, Shaped
 
 from ldm_jax.diffusion.schedules import Schedule
 from ldm_jax.types import Point
+
+_CLEAN = Point(1.0, 0.0, 0.0)  # what the network is told there is never used
 
 
 @runtime_checkable
@@ -42,10 +44,15 @@ class Leading:
 
     offset: int = 1  # the lowest index
     ends_clean: bool = False  # end at the clean image, not at index 0
+    skipped: int = 0  # lowest indices left out: 1 as in diffusers' DPMSolverMultistep
+
+    def __post_init__(self) -> None:
+        _check_skipped(self)
 
     def __call__(self, schedule: Schedule, steps: int) -> Point:
         total = _indices(schedule, self, steps)
-        index = np.arange(steps)[::-1] * (total // steps) + self.offset
+        stride = total // (steps + self.skipped)
+        index = (np.arange(steps)[::-1] + self.skipped) * stride + self.offset
         if not 0 <= index[-1] <= index[0] < total:
             raise ValueError(
                 f"{self} with {steps} steps needs the indices {index[-1]} to {index[0]}, "
@@ -75,17 +82,59 @@ class Trailing:
 class Linspace:
     """S indices evenly from the last one down to 0, then the clean image."""
 
+    skipped: int = 0  # lowest indices left out: 1 as in diffusers' DPMSolverMultistep
+
+    def __post_init__(self) -> None:
+        _check_skipped(self)
+
     def __call__(self, schedule: Schedule, steps: int) -> Point:
         total = _indices(schedule, self, steps)
-        if steps < 2:
+        if steps + self.skipped < 2:
             raise ValueError(f"{self} needs at least 2 steps for its two ends, got {steps}")
-        index = np.round(np.linspace(0, total - 1, steps))[::-1]
+        index = np.round(np.linspace(0, total - 1, steps + self.skipped))[self.skipped :][::-1]
         return _walk(schedule, index, ends_clean=True)
 
 
 @dataclass(frozen=True)
+class Distilled:
+    """Indices that latent consistency models are distilled for (Luo et al. 2023), then the image.
+
+    Of the `original` indices evenly up to the last one, S evenly from that one down.
+
+    Raises:
+      ValueError: `original` is less than 1.
+    """
+
+    original: int = 50  # indices of the distillation
+
+    def __post_init__(self) -> None:
+        if self.original < 1:
+            raise ValueError(f"Distilled needs at least 1 original index, got {self.original}")
+
+    def __call__(self, schedule: Schedule, steps: int) -> Point:
+        total = _indices(schedule, self, max(steps, self.original))
+        if steps > self.original:
+            raise ValueError(f"{self} serves at most {self.original} steps, got {steps}")
+        place = self.original - np.floor(np.linspace(0, self.original, steps, endpoint=False))
+        return _walk(schedule, place * (total // self.original) - 1, ends_clean=True)
+
+
+@dataclass(frozen=True)
 class Even:
-    """Times of a continuous schedule, evenly from 1 to 0."""
+    """S times of a continuous schedule, evenly from 1 to `last`, then the clean image at 0.
+
+    diffusers' FlowMatchEulerDiscrete for Stable Diffusion 3 is `RectifiedFlow(shift=3)` with the last
+    time at the shifted 1/1000, 3/1002.
+
+    Raises:
+      ValueError: `last` lies outside (0, 1).
+    """
+
+    last: float | None = None  # the time at which the last step starts; none: 1 / S
+
+    def __post_init__(self) -> None:
+        if self.last is not None and not 0 < self.last < 1:
+            raise ValueError(f"Even needs its last time in (0, 1), got {self.last}")
 
     def __call__(self, schedule: Schedule, steps: int) -> Point:
         if schedule.steps is not None:
@@ -93,7 +142,65 @@ class Even:
                 f"{self} needs continuous time, but {type(schedule).__name__} has {schedule.steps} "
                 "indices: use Leading, Trailing or Linspace"
             )
-        return schedule(np.linspace(1, 0, steps + 1))
+        if self.last is None:
+            return schedule(np.linspace(1, 0, steps + 1))
+        return schedule(np.append(np.linspace(1, self.last, steps), 0.0))
+
+
+@dataclass(frozen=True)
+class Karras:
+    """Ratios u = sigma / alpha with u^(1/rho) evenly spaced, then the clean image.
+
+    Karras et al. (2022, eq. 5). The walk keeps within the schedule's own ratios, and within `lowest`
+    to `highest` where those are infinite or 0.
+
+    Raises:
+      ValueError: not rho > 0, or not 0 < lowest < highest.
+    """
+
+    rho: float = 7.0  # the larger, the more steps near the image
+    lowest: float = (
+        0.002  # ratio of noise to signal before the last step, if the schedule goes lower
+    )
+    highest: float = 80.0  # ratio of noise to signal at the start, if the schedule goes higher
+    whole: bool = False  # tell the network the nearest index, as diffusers' DPMSolverMultistep does
+
+    def __post_init__(self) -> None:
+        if not self.rho > 0:
+            raise ValueError(f"Karras needs rho > 0, got {self.rho}")
+        _check_ratios(self)
+
+    def __call__(self, schedule: Schedule, steps: int) -> Point:
+        low, high = _range(schedule, self)
+        ratios = np.linspace(high ** (1 / self.rho), low ** (1 / self.rho), steps) ** self.rho
+        return _at_ratios(schedule, ratios, self.whole)
+
+
+@dataclass(frozen=True)
+class LogSNR:
+    """Points evenly spaced in the log of the signal-to-noise ratio, then the clean image.
+
+    Lu et al. (2022, arXiv:2206.00927); diffusers' `use_lu_lambdas` and `use_exponential_sigmas`.
+    The walk keeps within the schedule's own ratios, and within `lowest` to `highest` where those are
+    infinite or 0.
+
+    Raises:
+      ValueError: not 0 < lowest < highest.
+    """
+
+    lowest: float = (
+        0.002  # ratio of noise to signal before the last step, if the schedule goes lower
+    )
+    highest: float = 80.0  # ratio of noise to signal at the start, if the schedule goes higher
+    whole: bool = False  # tell the network the nearest index, as diffusers' DPMSolverMultistep does
+
+    def __post_init__(self) -> None:
+        _check_ratios(self)
+
+    def __call__(self, schedule: Schedule, steps: int) -> Point:
+        low, high = _range(schedule, self)
+        ratios = np.exp(np.linspace(np.log(high), np.log(low), steps))
+        return _at_ratios(schedule, ratios, self.whole)
 
 
 def _indices(schedule: Schedule, spacing: Spacing, steps: int) -> int:
@@ -110,5 +217,56 @@ def _indices(schedule: Schedule, spacing: Spacing, steps: int) -> int:
 def _walk(schedule: Schedule, index: Shaped[np.ndarray, " S"], ends_clean: bool) -> Point:
     # The middle of an index's interval of time: no rounding can move it to a neighbour.
     points = schedule((index + 0.5) / schedule.steps)
-    end = Point(1.0, 0.0, 0.0) if ends_clean else schedule(np.zeros(1))
+    return _ended(points, _CLEAN if ends_clean else schedule(np.zeros(1)))
+
+
+def _ended(points: Point, end: Point) -> Point:
     return Point(*(np.append(row, last) for row, last in zip(points, end, strict=True)))
+
+
+def _check_skipped(spacing: Leading | Linspace) -> None:
+    if spacing.skipped < 0:
+        raise ValueError(f"{type(spacing).__name__} needs skipped >= 0, got {spacing.skipped}")
+
+
+def _check_ratios(spacing: Karras | LogSNR) -> None:
+    if not 0 < spacing.lowest < spacing.highest:
+        raise ValueError(
+            f"{type(spacing).__name__} needs 0 < lowest < highest, ratios of noise to signal, got "
+            f"{spacing.lowest} and {spacing.highest}"
+        )
+
+
+def _range(schedule: Schedule, spacing: Karras | LogSNR) -> tuple[float, float]:
+    """The lowest and the highest ratio of noise to signal that a walk visits before its end."""
+    low, high = _ratio(schedule(np.array([0.0, 1.0])))
+    low, high = max(low, spacing.lowest), min(high, spacing.highest)
+    if low >= high:
+        raise ValueError(f"{spacing} leaves nothing of {schedule}: lowest and highest exclude it")
+    return low, high
+
+
+def _ratio(point: Point) -> Float[np.ndarray, " n"]:
+    with np.errstate(divide="ignore"):
+        return point.sigma / point.alpha
+
+
+def _at_ratios(schedule: Schedule, ratios: Float[np.ndarray, " S"], whole: bool) -> Point:
+    """The points of a schedule with these ratios of noise to signal, and the clean end."""
+    if schedule.steps is None:
+        return _ended(schedule(_times(schedule, ratios)), _CLEAN)
+    levels = _ratio(schedule((np.arange(schedule.steps) + 0.5) / schedule.steps))
+    # All discrete schedules preserve variance. What the network is told lies between two indices.
+    told = np.interp(np.log(ratios), np.log(levels), np.arange(float(schedule.steps)))
+    alpha = 1 / np.sqrt(1 + ratios**2)
+    return _ended(Point(alpha, ratios * alpha, np.round(told) if whole else told), _CLEAN)
+
+
+def _times(schedule: Schedule, ratios: Float[np.ndarray, " S"]) -> Float[np.ndarray, " S"]:
+    """The times of these ratios, which rise with time, by bisection down to the last bit."""
+    low, high = np.zeros_like(ratios), np.ones_like(ratios)
+    for _ in range(64):
+        middle = (low + high) / 2
+        above = _ratio(schedule(middle)) > ratios
+        low, high = np.where(above, low, middle), np.where(above, middle, high)
+    return high

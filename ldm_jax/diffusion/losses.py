@@ -40,7 +40,7 @@ class MinSNR:
     """The error of x_0 times min(SNR, gamma), whatever the network predicts (Hang et al. 2023).
 
     At a fixed x an error dy of the output is an error dx_0 = -sigma / determinant dy of the data,
-    and SNR = alpha^2 / sigma^2.
+    and SNR = alpha^2 / sigma^2. Where the output does not determine the data the weight is 0.
 
     Raises:
       ValueError: `gamma` is not positive.
@@ -54,7 +54,8 @@ class MinSNR:
 
     def __call__(self, prediction: Prediction, point: Point) -> PerExample:
         clipped = jnp.minimum(point.alpha**2, self.gamma * point.sigma**2)
-        return clipped / determinant(prediction, point) ** 2
+        smallest = jnp.finfo(jnp.float32).tiny
+        return clipped / jnp.maximum(determinant(prediction, point) ** 2, smallest)
 
 
 def make_loss(

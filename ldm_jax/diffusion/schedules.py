@@ -58,11 +58,28 @@ class Discrete:
         return Point(alpha[index], sigma[index], index.astype(t.dtype))
 
 
+def zero_terminal_snr(betas: tuple[float, ...]) -> tuple[float, ...]:
+    """The betas of a schedule stretched until its last level holds no signal.
+
+    alpha is shifted to end at 0 and scaled to begin where it did (Lin et al. 2023, arXiv:2305.08891,
+    algorithm 1), in float64; the last beta becomes 1.
+
+    Raises:
+      ValueError: there are fewer than 2 betas.
+    """
+    if len(betas) < 2:
+        raise ValueError(f"a schedule is stretched between 2 betas or more, got {len(betas)}")
+    alpha = np.sqrt(np.cumprod(1 - np.asarray(betas, np.float64)))
+    alpha_bar = ((alpha - alpha[-1]) * alpha[0] / (alpha[0] - alpha[-1])) ** 2
+    return tuple((1 - alpha_bar / np.append(1.0, alpha_bar[:-1])).tolist())
+
+
 @dataclass(frozen=True)
 class ScaledLinear:
     """Stable Diffusion's discrete schedule, with evenly spaced square roots of the betas.
 
-    It is that of Rombach et al. (2022). For close parity with a program that keeps its betas in
+    It is that of Rombach et al. (2022), or with `zero_terminal_snr` what that function makes of it,
+    which is for networks that predict v or x_0. For close parity with a program that keeps its betas in
     f32, give those to `Discrete`.
 
     Raises:
@@ -72,6 +89,7 @@ class ScaledLinear:
     steps: int = 1000  # discrete noise levels
     beta_start: float = 0.00085  # variance added by the first step
     beta_end: float = 0.012  # variance added by the last step
+    zero_terminal_snr: bool = False  # rescale, so that the last level is pure noise
 
     def __post_init__(self) -> None:
         if self.steps < 1 or not 0 < self.beta_start <= self.beta_end <= 1:
@@ -81,7 +99,8 @@ class ScaledLinear:
 
     def __call__(self, t: Float[Arr, "*points"]) -> Point:
         roots = np.linspace(math.sqrt(self.beta_start), math.sqrt(self.beta_end), self.steps)
-        return Discrete(tuple((roots**2).tolist()))(t)
+        betas = tuple((roots**2).tolist())
+        return Discrete(zero_terminal_snr(betas) if self.zero_terminal_snr else betas)(t)
 
 
 @dataclass(frozen=True)

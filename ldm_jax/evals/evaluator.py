@@ -17,7 +17,7 @@ from ldm_jax.evals.generation import Generate
 from ldm_jax.metrics.extractors import Extractor
 from ldm_jax.metrics.resize import rounded, to_images
 from ldm_jax.parallel import jit, one_ahead, put_same, replicated
-from ldm_jax.types import Images, OneTokens, Params, SomeImages, Tokens
+from ldm_jax.types import Images, NegativeTokens, Params, SomeImages, Tokens
 
 
 class View(NamedTuple):
@@ -93,10 +93,10 @@ class Evaluator:
         viewer: Viewer,
         *,
         tokens: Tokens,
-        empty: OneTokens,
+        negative: NegativeTokens,
         key: jax.Array,
     ) -> None:
-        """Args: `tokens` [n, L] and `empty` [1, L] are for the model, in the order of what the views read."""
+        """Args: `tokens` [n, L] and `negative` [1, L] are for the model, in the order of what the views read."""
         self._viewer, self._tokens = viewer, tokens
 
         def run(
@@ -108,7 +108,7 @@ class Evaluator:
         ) -> tuple[Images, dict[str, Any]]:
             seeded = jax.random.fold_in(key, seed)
             keys = jax.vmap(jax.random.fold_in, (None, 0))(seeded, rows["index"])
-            drawn = generate(params, frozen, rows["tokens"], empty, keys, guidance)
+            drawn = generate(params, frozen, rows["tokens"], negative, keys, guidance)
             images = to_images(
                 rounded(drawn)
             )  # scores are those of the files that would be written

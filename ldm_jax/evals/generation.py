@@ -6,10 +6,19 @@ from typing import Any
 import jax
 from jaxtyping import Array, Float
 
-from ldm_jax.diffusion import Prediction, Sampler, denoiser, initial_noise, join, sample
-from ldm_jax.types import Apply, Images, Keys, Latent, OneTokens, Params, Point, Tokens
+from ldm_jax.diffusion import (
+    EVERYWHERE,
+    Interval,
+    Prediction,
+    Sampler,
+    denoiser,
+    initial_noise,
+    join,
+    sample,
+)
+from ldm_jax.types import Apply, Images, Keys, Latent, NegativeTokens, Params, Point, Tokens
 
-Generate = Callable[[Params, Params, Tokens, OneTokens, Keys, Float[Array, ""]], Images]
+Generate = Callable[[Params, Params, Tokens, NegativeTokens, Keys, Float[Array, ""]], Images]
 
 
 def make_generate(
@@ -22,15 +31,19 @@ def make_generate(
     grid: Point,
     sampler: Sampler,
     shape: tuple[int, int, int],
+    rescale: float = 0.0,
+    interval: Interval = EVERYWHERE,
 ) -> Generate:
-    """Makes `generate(params, frozen, tokens [B, L], empty [1, L], keys [B], guidance) -> images in [-1, 1]`.
+    """Makes `generate(params, frozen, tokens [B, L], negative, keys [B], guidance) -> images in [-1, 1]`.
 
     Args:
       apply, prepare: the network.
       encode: `encode(frozen, tokens)`, the text encoder; `decode(frozen, latents)`, the autoencoder's decoder.
       prediction, grid, sampler: how the network is walked from noise to data.
       shape: [H, W, C] of the latents.
+      rescale, interval: how guidance is tempered and where there is any, as `denoiser` has it.
 
+    `negative`, [1, L] or [B, L], is what guidance leads away from: the empty prompt, or others.
     It is pure and is to be jitted: another guidance scale, prompt or key compiles nothing anew. An image depends on its
     prompt and key alone, not on what else is in the batch.
     """
@@ -39,13 +52,19 @@ def make_generate(
         params: Params,
         frozen: Params,
         tokens: Tokens,
-        empty: OneTokens,
+        negative: NegativeTokens,
         keys: Keys,
         guidance: Float[Array, ""],
     ) -> Images:
-        cond = join(encode(frozen, tokens), encode(frozen, empty))
+        cond = join(encode(frozen, tokens), encode(frozen, negative))
         denoise = denoiser(
-            apply, params, prepare(params, cond), prediction=prediction, guidance=guidance
+            apply,
+            params,
+            prepare(params, cond),
+            prediction=prediction,
+            guidance=guidance,
+            rescale=rescale,
+            interval=interval,
         )
         latents = sample(denoise, initial_noise(keys, shape), grid, keys, sampler)
         return jax.numpy.clip(decode(frozen, latents), -1, 1)

@@ -24,7 +24,6 @@ def to_diffusers(schedule: Schedule, prediction: str, spacing: Spacing) -> dict[
         "prediction_type": PREDICTION_TYPES[prediction],
         "clip_sample": False,
         "thresholding": False,
-        "rescale_betas_zero_snr": False,
     }
 
 
@@ -36,9 +35,14 @@ def _betas(schedule: Schedule) -> dict[str, Any]:
             "beta_end": schedule.beta_end,
             "trained_betas": None,
             "num_train_timesteps": schedule.steps,
+            "rescale_betas_zero_snr": schedule.zero_terminal_snr,
         }
     if isinstance(schedule, Discrete):
-        return {"trained_betas": list(schedule.betas), "num_train_timesteps": schedule.steps}
+        return {
+            "trained_betas": list(schedule.betas),
+            "num_train_timesteps": schedule.steps,
+            "rescale_betas_zero_snr": False,
+        }
     raise ValueError(
         f"a DDIMScheduler needs discrete noise levels, ScaledLinear or Discrete; the schedule is {schedule}"
     )
@@ -46,11 +50,11 @@ def _betas(schedule: Schedule) -> dict[str, Any]:
 
 def _spacing(spacing: Spacing) -> dict[str, Any]:
     match spacing:
-        case Leading(offset, ends_clean):
+        case Leading(offset, ends_clean, 0):
             kind = "leading"
         case Trailing(ends_clean):
             kind, offset = "trailing", 0
-        case Linspace():
+        case Linspace(0):
             kind, offset, ends_clean = "linspace", 0, True
         case _:
             raise ValueError(

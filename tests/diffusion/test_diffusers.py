@@ -12,12 +12,17 @@ from ldm_jax.diffusion import (
     Discrete,
     Leading,
     Linspace,
+    RectifiedFlow,
     ScaledLinear,
     Trailing,
     denoiser,
     gaussian,
     grid,
+    join,
     sample,
+    target,
+    velocity,
+    zero_terminal_snr,
 )
 
 torch = pytest.importorskip("torch")
@@ -105,6 +110,33 @@ def test_spacings_are_theirs(name, spacing, settings, steps):
     theirs.set_timesteps(steps)
     told = grid(ScaledLinear(), spacing, steps).told
     np.testing.assert_array_equal(told[:-1], theirs.timesteps)
+
+
+@pytest.mark.parametrize("phi", [0.0, 0.3, 1.0])
+def test_rescaled_guidance_is_theirs(x_1, phi):
+    from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
+
+    def apply(params, x, told, context):
+        return jnp.tanh(0.7 * x + context[:, :1, None, None])
+
+    cond, uncond = np.arange(3, dtype=np.float32)[:, None] / 3, np.zeros((1, 1), np.float32)
+    point = RectifiedFlow()(np.full((), 0.6))
+    denoise = denoiser(
+        apply, None, join(cond, uncond), prediction=velocity, guidance=7.5, rescale=phi
+    )
+    y = target(velocity, point, *denoise(x_1, point))
+    y_c, y_u = (
+        torch.from_numpy(np.array(apply(None, x_1, None, np.repeat(c, 3 // len(c), axis=0))))
+        for c in (cond, uncond)
+    )
+    assert_close(y, rescale_noise_cfg(y_u + 7.5 * (y_c - y_u), y_c, guidance_rescale=phi).numpy())
+
+
+def test_rescaled_betas_are_theirs():
+    theirs = [scheduler("DDIM", rescale_betas_zero_snr=zero) for zero in (False, True)]
+    betas, rescaled = (t.betas.double().numpy() for t in theirs)
+    found = zero_terminal_snr(tuple(betas))
+    np.testing.assert_allclose(found, rescaled, rtol=5e-4)  # theirs are made in f32
 
 
 @pytest.mark.parametrize(

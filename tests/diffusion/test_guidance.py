@@ -9,16 +9,23 @@ import pytest
 from ldm_jax.diffusion import (
     DDIM,
     PREDICTIONS,
+    SAMPLERS,
+    Cosine,
     Even,
+    Leading,
     RectifiedFlow,
+    ScaledLinear,
     denoiser,
     diffuse,
+    evaluations,
     grid,
     join,
     sample,
+    target,
     velocity,
 )
-from ldm_jax.types import Cond
+from ldm_jax.models.flops import traced_flops
+from ldm_jax.types import Cond, Point
 
 X = np.random.default_rng(0).normal(size=(8, 4, 4, 2)).astype(np.float32)
 COND = np.arange(8, dtype=np.float32)[:, None]
@@ -91,6 +98,197 @@ def test_a_sharded_batch_is_guided_without_communication():
     compiled = jax.jit(denoise, in_shardings=(split, split, whole), out_shardings=split)
     text = compiled.lower(X, COND, UNCOND).compile().as_text()
     assert not re.search(r"all-|collective|reduce-scatter", text)
+
+
+FLOW = grid(RectifiedFlow(), Even(), 10)  # sigma 1.0, 0.9 ... 0.1
+KEYS = jax.random.split(jax.random.key(1), 8)
+
+
+def walk(interval, sampler=DDIM(), network=apply, points=FLOW, **options):
+    denoise = denoiser(
+        network,
+        0.7,
+        join(COND, UNCOND),
+        prediction=velocity,
+        guidance=5.0,
+        interval=interval,
+        **options,
+    )
+    return jax.jit(lambda x: sample(denoise, x, points, KEYS, sampler))(X)
+
+
+@pytest.mark.parametrize(
+    ("interval", "guided"),
+    [((0.0, 1.0), 10), ((0.3, 1.0), 8), ((0.0, 0.5), 5), ((0.3, 0.7), 5), ((0.31, 0.32), 0)],
+)
+def test_the_unconditional_branch_is_in_the_program_only_for_levels_of_the_interval(
+    interval, guided
+):
+    """By the products in the traced program: those of a step with 8 rows, and of one with 16."""
+
+    def network(params, x, told, context):
+        return x @ jnp.eye(2)
+
+    def flops(interval):
+        return traced_flops(lambda: walk(interval, network=network))
+
+    one = 2 * 2 * X.size  # each of a row's numbers takes two multiply-adds
+    assert flops(interval) == one * (10 + guided)
+    assert evaluations(DDIM(), FLOW, interval) == 10 + guided
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("interval", [(0.3, 0.7), (0.31, 0.32)])
+def test_the_network_sees_as_many_latents_as_are_counted(name, interval):
+    rows = []
+
+    def network(params, x, told, context):
+        jax.debug.callback(lambda: rows.append(len(x)))
+        return apply(params, x, told, context)
+
+    sampler = SAMPLERS[name]()
+    jax.block_until_ready(walk(interval, sampler, network))
+    jax.effects_barrier()
+    assert sum(rows) == len(X) * evaluations(sampler, FLOW, interval)
+
+
+ONE_STAGE = [name for name in SAMPLERS if SAMPLERS[name]().stages == 1]
+INTERVALS = [(0.0, 1.0), (0.3, 1.0), (0.0, 0.5), (0.31, 0.32), (1.0, 1.0)]
+
+
+@pytest.mark.parametrize(
+    ("name", "interval", "points"),
+    [
+        *((name, (0.3, 0.7), FLOW) for name in ONE_STAGE),
+        *(("dpmpp", interval, FLOW) for interval in INTERVALS),
+        ("dpmpp", (0.5, 0.99), grid(Cosine(), Even(), 7)),
+        ("dpmpp", (0.5, 0.99), grid(ScaledLinear(), Leading(), 6)),
+    ],
+)
+def test_a_limited_walk_is_one_whose_scale_is_1_outside_of_the_interval(name, interval, points):
+    """Noise, memory and what few steps change go on over the joints of its segments."""
+    low, high = interval
+
+    def both(x, point):
+        inside = (low - 1e-6 <= point.sigma) & (point.sigma <= high + 1e-6)
+        scale = jnp.where(inside, 5.0, 1.0)
+        context = join(COND, UNCOND)
+        return denoiser(apply, 0.7, context, prediction=velocity, guidance=scale)(x, point)
+
+    sampler = SAMPLERS[name]()
+    expected = jax.jit(lambda x: sample(both, x, points, KEYS, sampler))(X)
+    np.testing.assert_allclose(walk(interval, sampler, points=points), expected, atol=5e-5)
+
+
+def test_a_step_of_two_evaluations_is_guided_as_a_whole():
+    """Heun's second one serves the step that began inside; what begins outside is not guided."""
+    heun = SAMPLERS["heun"]()
+    below, above = (walk((level, 1.0), heun) for level in (0.61, 0.69))
+    np.testing.assert_array_equal(below, above)  # 0.7 is the last guided one in both
+    assert not np.allclose(below, walk((0.71, 1.0), heun), atol=1e-3)
+
+
+def test_a_limited_scale_may_be_traced_and_compiles_nothing_anew():
+    traces = []
+
+    @jax.jit
+    def generate(scale):
+        traces.append(scale)
+        denoise = denoiser(
+            apply, 0.7, join(COND, UNCOND), prediction=velocity, guidance=scale, interval=(0.3, 0.7)
+        )
+        return sample(denoise, X, FLOW, KEYS, DDIM())
+
+    results = [generate(scale) for scale in (1.0, 4.0, 7.5)]
+    assert len(traces) == 1
+    assert not np.allclose(results[0], results[2])
+
+
+def test_a_sharded_batch_is_walked_without_communication():
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    split, whole = (jax.NamedSharding(mesh, jax.P(axis)) for axis in ("data", None))
+
+    def run(x, cond, uncond):
+        denoise = denoiser(
+            apply,
+            0.7,
+            join(cond, uncond),
+            prediction=velocity,
+            guidance=5.0,
+            interval=(0.3, 0.7),
+            rescale=0.7,
+        )
+        return sample(denoise, x, FLOW, KEYS, DDIM())
+
+    compiled = jax.jit(run, in_shardings=(split, split, whole), out_shardings=split)
+    text = compiled.lower(X, COND, UNCOND).compile().as_text()
+    assert not re.search(r"all-|collective|reduce-scatter", text)
+
+
+def output(rescale):
+    """What the network is taken to have said: y, which `target` makes of the denoised pair again."""
+    denoise = denoiser(
+        apply, 0.7, join(COND, UNCOND), prediction=velocity, guidance=7.0, rescale=rescale
+    )
+    return np.asarray(target(velocity, POINT, *jax.jit(denoise)(X, POINT)), np.float64)
+
+
+@pytest.mark.parametrize("phi", [0.0, 0.7, 1.0])
+def test_rescaled_guidance_is_that_of_the_paper(phi):
+    """Lin et al. (2023, eq. 15 and 16), in f64."""
+    told = np.full(8, POINT.told)
+    y_c, y_u = (np.asarray(apply(0.7, X, told, c), np.float64) for c in (COND, UNCOND))
+    guided = y_u + 7 * (y_c - y_u)
+    ratio = y_c.std((1, 2, 3), keepdims=True) / guided.std((1, 2, 3), keepdims=True)
+    np.testing.assert_allclose(output(phi), phi * guided * ratio + (1 - phi) * guided, atol=2e-5)
+
+
+def test_fully_rescaled_guidance_has_the_contrast_of_the_condition():
+    y_c = apply(0.7, X, np.full(8, POINT.told, np.float32), COND)
+    np.testing.assert_allclose(output(1.0).std((1, 2, 3)), y_c.std((1, 2, 3)), rtol=1e-4, atol=1e-6)
+    assert (output(0.0).std((1, 2, 3)) > 1.2 * y_c.std((1, 2, 3))).any()
+
+
+def test_a_network_that_says_nothing_is_rescaled_to_nothing():
+    zeros = lambda params, x, told, context: jnp.zeros_like(x)  # noqa: E731
+    assert np.isfinite(walk((0.0, 1.0), network=zeros, rescale=1.0)).all()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"interval": (-0.1, 1.0)}, "0 <= low <= high <= 1, got -0.1 to 1.0"),
+        ({"interval": (0.0, 1.5)}, "0 <= low <= high <= 1, got 0.0 to 1.5"),
+        ({"interval": (0.7, 0.3)}, "0 <= low <= high <= 1, got 0.7 to 0.3"),
+        ({"rescale": 1.1}, r"a share in \[0, 1\], got 1.1"),
+    ],
+)
+def test_impossible_guidance_is_refused(options, words):
+    with pytest.raises(ValueError, match=words):
+        denoiser(apply, 0.7, COND, prediction=velocity, guidance=2.0, **options)
+
+
+def test_an_interval_on_a_traced_grid_is_refused():
+    traced = Point(*(row.astype(np.float32) for row in FLOW))
+    with pytest.raises(ValueError, match="needs a grid of NumPy arrays, not a traced one"):
+        jax.jit(lambda points: walk((0.3, 0.7), points=points))(traced)
+
+
+def test_negative_prompts_are_unconditional_rows_of_their_own():
+    negatives = np.linspace(-2, 2, 8, dtype=np.float32)[:, None]
+
+    @jax.jit
+    def away_from(cond, uncond):
+        return denoiser(apply, 0.7, join(cond, uncond), prediction=velocity, guidance=5.0)(
+            X, POINT
+        ).x_0
+
+    together = away_from(COND, negatives)
+    for b in (0, 3, 7):
+        alone = away_from(COND, negatives[b : b + 1])
+        np.testing.assert_allclose(together[b], alone[b], rtol=1e-6)
+    away_from_itself = away_from(COND, COND)
+    np.testing.assert_allclose(away_from_itself, unguided(COND).x_0, atol=1e-5)
 
 
 def test_conditions_are_joined_field_by_field():

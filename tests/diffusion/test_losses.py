@@ -15,6 +15,7 @@ from ldm_jax.diffusion import (
     LogitNormal,
     MinSNR,
     RectifiedFlow,
+    ScaledLinear,
     Uniform,
     Weyl,
     determinant,
@@ -182,3 +183,10 @@ def test_the_validation_loss_is_the_training_loss_at_its_level(normal_data):
     expected = np.mean(jax.jit(validate)(0.3, None, batch, keys))
     trained = np.mean(jax.jit(train)(0.3, None, None, batch, keys))
     np.testing.assert_allclose(trained, expected, rtol=0.03)
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_min_snr_is_finite_where_no_signal_is_left(prediction):
+    point = ScaledLinear(zero_terminal_snr=True)(np.ones(2, np.float32))
+    assert (point.alpha == 0).all()
+    assert np.isfinite(MinSNR()(PREDICTIONS[prediction], point)).all()

@@ -4,7 +4,15 @@ import jax
 import numpy as np
 import pytest
 
-from ldm_jax.diffusion import SCHEDULES, Cosine, Discrete, RectifiedFlow, ScaledLinear, Schedule
+from ldm_jax.diffusion import (
+    SCHEDULES,
+    Cosine,
+    Discrete,
+    RectifiedFlow,
+    ScaledLinear,
+    Schedule,
+    zero_terminal_snr,
+)
 
 TIMES = np.linspace(0, 1, 257)
 
@@ -20,7 +28,9 @@ def test_one_formula_serves_numpy_in_f64_and_jax_in_f32(name):
         np.testing.assert_allclose(rounded, exact, rtol=2e-6, atol=1e-7)
 
 
-@pytest.mark.parametrize("schedule", [ScaledLinear(), Cosine(), Cosine(s=0.1)])
+@pytest.mark.parametrize(
+    "schedule", [ScaledLinear(), ScaledLinear(zero_terminal_snr=True), Cosine(), Cosine(s=0.1)]
+)
 def test_variance_is_preserved(schedule):
     point = schedule(TIMES)
     np.testing.assert_allclose(point.alpha**2 + point.sigma**2, 1, rtol=1e-13)
@@ -42,6 +52,23 @@ def test_scaled_linear_is_the_running_product_of_one_minus_beta():
     point = ScaledLinear()((np.arange(1000) + 0.5) / 1000)
     np.testing.assert_allclose(point.alpha**2, expected, rtol=1e-12)
     np.testing.assert_array_equal(point.told, np.arange(1000))
+
+
+def test_a_rescaled_schedule_is_affine_in_alpha_and_ends_without_signal():
+    """Lin et al. (2023, algorithm 1): alpha is shifted and scaled, its first value kept."""
+    t = (np.arange(1000) + 0.5) / 1000
+    alpha, rescaled = (ScaledLinear(zero_terminal_snr=zero)(t).alpha for zero in (False, True))
+    slopes = np.diff(rescaled) / np.diff(alpha)
+    np.testing.assert_allclose(slopes, slopes[0], rtol=1e-6)
+    np.testing.assert_allclose(rescaled[0], alpha[0], rtol=1e-12)
+    last = ScaledLinear(zero_terminal_snr=True)(np.ones(1))
+    assert last.alpha == 0 and last.sigma == 1
+
+
+def test_betas_rescaled_twice_are_rescaled_once():
+    once = zero_terminal_snr((0.1, 0.2, 0.3))
+    assert once[-1] == 1
+    np.testing.assert_allclose(zero_terminal_snr(once), once, rtol=1e-12)
 
 
 def test_discrete_time_falls_on_the_index_that_the_network_is_told():
@@ -88,6 +115,7 @@ def test_shift_multiplies_the_ratio_of_noise_to_signal(shift):
         (lambda: Discrete((0.1, 1.5)), r"\(0, 1\]"),
         (lambda: ScaledLinear(beta_start=0.02), "beta_start <= beta_end"),
         (lambda: ScaledLinear(steps=0), "steps >= 1"),
+        (lambda: zero_terminal_snr((0.1,)), "2 betas or more, got 1"),
     ],
 )
 def test_impossible_schedules_are_refused(make, words):

@@ -56,7 +56,7 @@ def evaluator(batch: int, devices: int, sampler=DDIM()) -> Evaluator:
         generate(sampler),
         viewer(batch, devices),
         tokens=TOKENS,
-        empty=np.zeros((1, 2), np.int32),
+        negative=np.zeros((1, 2), np.int32),
         key=jax.random.key(3),
     )
 
