@@ -60,20 +60,26 @@ class CLIPFeatures:
 
 
 @dataclasses.dataclass(frozen=True)
-class InceptionFeatures:
+class OfNetwork:
+    """What extractors of one network share: `apply`, as `functional` gives it."""
+
+    apply: Any
+
+    preprocessing = "none"
+
+    @classmethod
+    def of(cls, config: Any, apply: Any) -> "OfNetwork":
+        """The extractor of a network."""
+        return cls(apply)
+
+
+class InceptionFeatures(OfNetwork):
     """`image`: pooled features of FID's Inception-v3; `logits` without their bias; `apply` is the network.
 
     Images are resized as TensorFlow 1 did for the first FID, and torch-fidelity does.
     """
 
-    apply: Any
-
     preprocessing = "TensorFlow 1 bilinear, 299 pixels"
-
-    @classmethod
-    def of(cls, config: Any, apply: Any) -> "InceptionFeatures":
-        """The extractor of a network."""
-        return cls(apply)
 
     def features(
         self, params: Params, images: Images, read: None = None
@@ -87,7 +93,6 @@ class InceptionFeatures:
         return resize.as_torch_fidelity(images)
 
 
-@dataclasses.dataclass(frozen=True)
 class CleanInceptionFeatures(InceptionFeatures):
     """The same of images that are resized as clean-fid does (Parmar et al. 2022, arXiv:2104.11222)."""
 
@@ -98,18 +103,10 @@ class CleanInceptionFeatures(InceptionFeatures):
         return resize.as_clean_fid(images)
 
 
-@dataclasses.dataclass(frozen=True)
-class DINOv2Features:
+class DINOv2Features(OfNetwork):
     """`image`: the class token of a DINOv2, for FD-DINOv2 (Stein et al. 2023, arXiv:2306.04675)."""
 
-    apply: Any
-
     preprocessing = "bicubic, antialiased, 224 pixels"
-
-    @classmethod
-    def of(cls, config: Any, apply: Any) -> "DINOv2Features":
-        """The extractor of a network."""
-        return cls(apply)
 
     def features(
         self, params: Params, images: Images, read: None = None
@@ -118,18 +115,8 @@ class DINOv2Features:
         return {"image": self.apply(params, dinov2.preprocess(images))}
 
 
-@dataclasses.dataclass(frozen=True)
-class ReaderFeatures:
+class ReaderFeatures(OfNetwork):
     """`logits`: the answers that a reader of scenes gives; it does not see the prompt."""
-
-    apply: Any
-
-    preprocessing = "none"
-
-    @classmethod
-    def of(cls, config: Any, apply: Any) -> "ReaderFeatures":
-        """The extractor of a network."""
-        return cls(apply)
 
     def features(
         self, params: Params, images: Images, read: None = None
@@ -154,18 +141,8 @@ class PairFeatures:
         return {"psnr": pairs.psnr(images, read), "ssim": pairs.ssim(images, read)}
 
 
-@dataclasses.dataclass(frozen=True)
-class LPIPSFeatures:
+class LPIPSFeatures(OfNetwork):
     """`lpips` of each image and the one that it should be; `apply` is the network."""
-
-    apply: Any
-
-    preprocessing = "none"
-
-    @classmethod
-    def of(cls, config: Any, apply: Any) -> "LPIPSFeatures":
-        """The extractor of a network."""
-        return cls(apply)
 
     def features(
         self, params: Params, images: Images, read: Images
