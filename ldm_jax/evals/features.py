@@ -40,14 +40,14 @@ def write_features(path: epath.PathLike, features: Features, described: Any = No
 
 def read_features(path: epath.PathLike) -> tuple[dict[str, dict[str, np.ndarray]], Any]:
     """What `write_features` wrote. Raises FileNotFoundError, or ValueError for another file."""
-    features: dict[str, dict[str, np.ndarray]] = {}
     try:
         with np.load(io.BytesIO(epath.Path(path).read_bytes()), allow_pickle=False) as file:
-            described = json.loads(str(file[_DESCRIBED]))
-            for key in file.files:
-                extractor, slash, name = key.partition("/")
-                if slash:
-                    features.setdefault(extractor, {})[name] = file[key]
+            arrays = dict(file)
+        described = json.loads(str(arrays.pop(_DESCRIBED)))
     except (KeyError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path} holds no features that ldm_jax wrote: {error}") from error
+    features: dict[str, dict[str, np.ndarray]] = {}
+    for key, array in arrays.items():
+        extractor, _, name = key.partition("/")
+        features.setdefault(extractor, {})[name] = array
     return features, described

@@ -93,8 +93,7 @@ def recorded(session: Session, cell: Cell) -> dict[str, Any] | None:
 
 def look(session: Session, work: Work, cell: Cell) -> tuple[int, float]:
     """Makes the features that are not there; so many images, and how many a second after the first batch."""
-    count = len(session.scores.prompts.texts)
-    start = 0
+    count, start = len(session.scores.prompts.texts), 0
     if distributed.is_first():
         start = count if cell.finished else cell.begin()
     start = distributed.agreed(start)
@@ -102,19 +101,25 @@ def look(session: Session, work: Work, cell: Cell) -> tuple[int, float]:
         return 0, 0.0
     times, ends = [time.perf_counter()], [start]
     bar = tqdm(total=count, initial=start, unit=" images", disable=not distributed.is_first())
+    bar.set_description(work.label)
     with bar:
-        bar.set_description(work.label)
         for first, part in work.parts(start=start, kept=count if session.keep else 0):
-            check_finite(session, first, part.features)
+            take(session, cell, first, part)
             ends.append(first + count_of(part.features))
             times.append(time.perf_counter())
-            if distributed.is_first():
-                if part.images is not None:
-                    keep(session, cell, first, part.images)
-                cell.add(first, part.features)
             bar.update(ends[-1] - ends[-2])
     since = 1 if len(times) > 2 else 0  # the first batch compiles
     return count - start, (ends[-1] - ends[since]) / (times[-1] - times[since])
+
+
+def take(session: Session, cell: Cell, first: int, part: Part) -> None:
+    """Keeps what came of a batch, which the first process writes. Raises ValueError as `check_finite`."""
+    check_finite(session, first, part.features)
+    if not distributed.is_first():
+        return
+    if part.images is not None:
+        keep(session, cell, first, part.images)
+    cell.add(first, part.features)
 
 
 def check_finite(session: Session, first: int, features: Features) -> None:

@@ -168,7 +168,8 @@ def _embed(num: int, features: int, dtype: str, rngs: nnx.Rngs) -> nnx.Embed:
     return nnx.Embed(num, features, embedding_init=init, dtype=dtype, rngs=rngs)
 
 
-def _layer_norm(config: TowerConfig, rngs: nnx.Rngs) -> nnx.LayerNorm:
+def layer_norm(config: Any, rngs: nnx.Rngs) -> nnx.LayerNorm:
+    """That of a tower, CLIP's or another of transformers', whose config has its width and its epsilon."""
     return nnx.LayerNorm(
         config.hidden_size,
         epsilon=config.layer_norm_eps,
@@ -216,9 +217,9 @@ class EncoderLayer(nnx.Module):
     """A pre-norm transformer layer."""
 
     def __init__(self, config: TowerConfig, rngs: nnx.Rngs) -> None:
-        self.layer_norm1 = _layer_norm(config, rngs)
+        self.layer_norm1 = layer_norm(config, rngs)
         self.self_attn = Attention(config, rngs)
-        self.layer_norm2 = _layer_norm(config, rngs)
+        self.layer_norm2 = layer_norm(config, rngs)
         self.mlp = MLP(config, rngs)
 
     def __call__(self, x_BLD: Float[Array, "B L D"], causal: bool) -> Float[Array, "B L D"]:
@@ -267,7 +268,7 @@ class CLIPText(nnx.Module):
     def __init__(self, config: CLIPTextConfig, rngs: nnx.Rngs) -> None:
         self.embeddings = TextEmbeddings(config, rngs)
         self.encoder = Encoder(config, rngs)
-        self.final_layer_norm = _layer_norm(config, rngs)
+        self.final_layer_norm = layer_norm(config, rngs)
         if config.projection_dim:
             self.text_projection = _projection(config, config.projection_dim, rngs)
         self.config = config
@@ -327,9 +328,9 @@ class CLIPVision(nnx.Module):
 
     def __init__(self, config: CLIPVisionConfig, rngs: nnx.Rngs) -> None:
         self.embeddings = VisionEmbeddings(config, rngs)
-        self.pre_layrnorm = _layer_norm(config, rngs)  # the name is misspelt in every weight file
+        self.pre_layrnorm = layer_norm(config, rngs)  # the name is misspelt in every weight file
         self.encoder = Encoder(config, rngs)
-        self.post_layernorm = _layer_norm(config, rngs)
+        self.post_layernorm = layer_norm(config, rngs)
         if config.projection_dim:
             self.visual_projection = _projection(config, config.projection_dim, rngs)
         self.config = config

@@ -119,16 +119,6 @@ def _linear(
     )
 
 
-def _layer_norm(config: Dinov2Config, rngs: nnx.Rngs) -> nnx.LayerNorm:
-    return nnx.LayerNorm(
-        config.hidden_size,
-        epsilon=config.layer_norm_eps,
-        dtype=config.dtype,
-        use_fast_variance=False,  # a few tokens of the trained towers are outliers (arXiv:2309.16588)
-        rngs=rngs,
-    )
-
-
 class Attention(nnx.Module):
     """Self-attention of one layer."""
 
@@ -190,10 +180,10 @@ class Layer(nnx.Module):
     """A pre-norm transformer layer, whose branches are scaled."""
 
     def __init__(self, config: Dinov2Config, rngs: nnx.Rngs) -> None:
-        self.norm1 = _layer_norm(config, rngs)
+        self.norm1 = clip.layer_norm(config, rngs)
         self.attention = Attention(config, rngs)
         self.layer_scale1 = LayerScale(config)
-        self.norm2 = _layer_norm(config, rngs)
+        self.norm2 = clip.layer_norm(config, rngs)
         self.mlp = (SwiGLU if config.use_swiglu_ffn else MLP)(config, rngs)
         self.layer_scale2 = LayerScale(config)
 
@@ -279,7 +269,7 @@ class Dinov2(nnx.Module):
     def __init__(self, config: Dinov2Config, rngs: nnx.Rngs) -> None:
         self.embeddings = Embeddings(config, rngs)
         self.encoder = Encoder(config, rngs)
-        self.layernorm = _layer_norm(config, rngs)
+        self.layernorm = clip.layer_norm(config, rngs)
         self.patch_size = config.patch_size
 
     def __call__(self, images: Images) -> Float[Array, "B D"]:
