@@ -18,12 +18,13 @@ import argparse
 import contextlib
 import dataclasses
 import functools
+import hashlib
 import itertools
 import json
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
@@ -32,13 +33,14 @@ from ldm_jax.config import RunConfig, SamplingConfig
 from ldm_jax.configuration import to_json
 from ldm_jax.data import open_source
 from ldm_jax.data.durable import alone_in, write_atomically
-from ldm_jax.data.sources import Source, provenance
+from ldm_jax.data.sources import Skip, Source, provenance
 from ldm_jax.diffusion import SAMPLERS
-from ldm_jax.evals.cells import DIRECTORY, Cell
+from ldm_jax.evals.cells import DIRECTORY, Cell, check_comparable, read_cell
 from ldm_jax.evals.evaluator import Part
 from ldm_jax.evals.page import evaluation_page
+from ldm_jax.evals.prompt_sets import cleaned
 from ldm_jax.evals.prompts import Prompts
-from ldm_jax.evals.references import SourceImages
+from ldm_jax.evals.references import Reference, SourceImages, Truth
 from ldm_jax.evals.session import (
     Session,
     Work,
@@ -50,10 +52,11 @@ from ldm_jax.evals.session import (
 )
 from ldm_jax.flags import UsageError, run_command
 from ldm_jax.metrics.paired import Paired
+from ldm_jax.models import weights
 from ldm_jax.parallel import distributed, make_mesh
-from ldm_jax.pretrained import load_pretrained, load_scoring
+from ldm_jax.pretrained import Pretrained, load_pretrained, load_scoring
 from ldm_jax.scoring import Scoring, identity, make_reference, make_scoring
-from ldm_jax.types import Images
+from ldm_jax.types import Images, Params
 
 PAGE = "evaluation.html"
 
@@ -68,7 +71,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     text = "scales of guidance (default: the run's)"
     parser.add_argument("--guidance", type=_list(float), metavar="X,Y", help=text)
     text = "seeds of the noise, an image a prompt of each (default 0)"
-    parser.add_argument("--seeds", type=_list(int), metavar="N,M", help=text)
+    parser.add_argument("--seeds", type=_seeds, metavar="N,M", help=text)
     text = "look at these images, not at a model's: folder:PATH or another source, with captions as prompts"
     parser.add_argument("--images", metavar="SOURCE", help=text)
     text = "with --images: those that they should be, in the same order"
@@ -85,7 +88,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 def main(flags: argparse.Namespace) -> None:
     """Evaluates, and says what came of it."""
-    given = [name for name in ("samplers", "steps", "guidance", "seeds") if getattr(flags, name)]
+    of_models = ("samplers", "steps", "guidance", "seeds", "over", "keep")
+    given = [name for name in of_models if getattr(flags, name)]
     if flags.images and given:
         raise UsageError(f"--{given[0]} is for a model's images, and --images gives others")
     if flags.truth and not flags.images:
@@ -102,28 +106,46 @@ def run(config: RunConfig, workdir: epath.Path, flags: argparse.Namespace) -> No
     """Makes every evaluation that is not there; of several processes the first one writes and says it."""
     mesh = make_mesh(config.mesh)
     session, works = (of_images if flags.images else of_model)(config, workdir, flags, mesh)
-    cells = {}
-    for work in works:
-        cell = Cell(workdir, work.label, work.facts)
-        cells[cell] = evaluated(session, work, cell)
+    if not session.scores.metrics:
+        raise ValueError(
+            "none of the scores can be had; the lines above say what each of them needs"
+        )
+    cells = {Cell(workdir, work.label, work.facts): work for work in works}
+    check_others(cells, flags)
+    lines = [evaluated(session, work, cell) for cell, work in cells.items()]
     if not distributed.is_first():
         return
-    for line in [*cells.values(), *(over_seeds(session, group) for group in seeds_of(cells))]:
+    for line in [*lines, *(over_seeds(session, group) for group in seeds_of(cells))]:
         print(table(line), end="\n\n")
     for cell in cells if flags.over else ():
         print(table(over_runs(session, cell, flags.over)), end="\n\n")
-    if flags.against:
-        for cell in cells:
-            found = compared(session, cell, flags.against)
-            print(f"{cell.name} less {flags.against}", *differences(found), sep="\n", end="\n\n")
+    for cell in cells if flags.against else ():
+        found = compared(session, cell, flags.against)
+        print(f"{cell.name} less {flags.against}", *differences(found), sep="\n", end="\n\n")
     page = workdir / PAGE
     write_atomically(page, evaluation_page(workdir).encode())
     print(f"{len(session.scores.prompts.texts)} prompts; all evaluations in {page}")
 
 
+def check_others(cells: Mapping[Cell, Work], flags: argparse.Namespace) -> None:
+    """Before anything is drawn: whether --against and --over can be had. Raises as `read_cell`, `check_comparable`."""
+    over = [str(epath.Path(path)) for path in flags.over or ()]
+    own = {str(cell.path) for cell in cells}
+    if len({*over, *own}) < len(over) + len(own):
+        raise ValueError("--over names an evaluation twice, or this one; each run counts once")
+    for path, more in ((flags.against, ()), *((path, ("sampling",)) for path in over)):
+        for cell in cells if path else ():
+            facts = read_cell(path)[1]
+            check_comparable(cell.facts, facts, *more)
+            if path == flags.against and cell.facts["noise"] != facts["noise"]:
+                logging.warning(
+                    "%s and %s are of other noise: pairs share prompts alone.", cell.name, path
+                )
+
+
 def of_model(
     config: RunConfig, workdir: epath.Path, flags: argparse.Namespace, mesh: Mesh
-) -> tuple[Session, Iterator[Work]]:
+) -> tuple[Session, list[Work]]:
     """Every combination of samplers, steps, guidance and seeds of the newest checkpoint."""
     pretrained = load_pretrained(config, mesh)
     network = build.make_backbone(config, pretrained)
@@ -135,27 +157,38 @@ def of_model(
     scoring = make_scoring(config, prompts, networks, tokenizer, mesh, reference=reference)
     losses = build.make_validation(config, workdir, network, pretrained, mesh)(params, frozen)
     model = {"examples": examples, "weights": config.eval.weights}
+    model |= identity_of(config, params, pretrained)
     shared = facts_of(model, config.eval.prompts, prompts, scoring, networks)
 
-    def works() -> Iterator[Work]:
-        for sampling in samplings(config.sampling, flags):
-            own = dataclasses.replace(config, sampling=sampling)
-            evaluator = build.make_evaluator(own, prompts, network, pretrained, scoring.viewer)
-            for guidance in flags.guidance or [sampling.guidance]:
-                for seed in flags.seeds or [0]:
-                    facts = sampling_facts(sampling, guidance) | {"noise": [config.seed, seed]}
-                    drawn = functools.partial(evaluator.parts, params, frozen, guidance, seed=seed)
-                    again = functools.partial(
-                        evaluator.images_of, params, frozen, guidance, seed=seed
-                    )
-                    yield Work(label(facts), shared | facts, drawn, again)
+    works = []
+    for sampling in samplings(config.sampling, flags):
+        own = dataclasses.replace(config, sampling=sampling)
+        evaluator = build.make_evaluator(own, prompts, network, pretrained, scoring.viewer)
+        scales = flags.guidance or [sampling.guidance]
+        for guidance, seed in itertools.product(scales, flags.seeds or [0]):
+            facts = sampling_facts(sampling, guidance) | {"noise": [config.seed, seed]}
+            drawn = functools.partial(evaluator.parts, params, frozen, guidance, seed=seed)
+            again = functools.partial(evaluator.images_of, params, frozen, guidance, seed=seed)
+            works.append(Work(label(facts), shared | facts, drawn, again))
+    return session_of(config, workdir, scoring, losses, flags, reference), works
 
-    return session_of(config, workdir, scoring, losses, flags), works()
+
+def identity_of(config: RunConfig, params: Params, pretrained: Pretrained) -> dict[str, Any]:
+    """What decides a model's images, beside how they are sampled: a digest of all weights and of how they are used."""
+    settings = json.loads(to_json(config))
+    used = {
+        name: settings[name] for name in ("prediction", "schedule", "backbone", "text_precision")
+    }
+    facts = used | {"size": config.data.size, "precision": config.train.precision}
+    frozen = (pretrained.autoencoder.params, pretrained.text_params)
+    prints = [weights.fingerprint(each) for each in (params, *frozen)]
+    text = json.dumps([facts, prints], sort_keys=True)
+    return {"identity": hashlib.sha256(text.encode()).hexdigest()[:16]}
 
 
 def of_images(
     config: RunConfig, workdir: epath.Path, flags: argparse.Namespace, mesh: Mesh
-) -> tuple[Session, Iterator[Work]]:
+) -> tuple[Session, list[Work]]:
     """Images of a source with their captions, and those that they should be, if these are given."""
     source = open_source(flags.images)
     networks, tokenizer = load_scoring(config, mesh)
@@ -175,11 +208,10 @@ def of_images(
             yield first, Part(features)
 
     def some(numbers: Sequence[int]) -> Images:
-        images = exact_images(config, source)
-        return np.concatenate([images[number] for number in numbers])
+        return exact_images(config, source).rows(numbers)
 
     work = Work("images", facts | {"sampling": {}, "noise": []}, parts, some)
-    return session_of(config, workdir, scoring, {}, flags), iter([work])
+    return session_of(config, workdir, scoring, {}, flags, reference), [work]
 
 
 def session_of(
@@ -188,9 +220,15 @@ def session_of(
     scoring: Scoring,
     validation: Mapping[str, float],
     flags: argparse.Namespace,
+    reference: Reference | None,
 ) -> Session:
     """What all evaluations of this call share."""
-    told = {"reference": config.eval.reference, "config": json.loads(to_json(config))}
+    told = {
+        "reference": config.eval.reference,
+        "reference_digest": reference.digest if reference else None,
+        "validated_by": [config.eval.validation, *config.eval.levels],
+        "config": json.loads(to_json(config)),
+    }
     return Session(workdir, scoring.scores, validation, config.eval.shown, flags.keep, told)
 
 
@@ -200,19 +238,27 @@ def exact_images(config: RunConfig, source: Source, start: int = 0) -> SourceIma
     return SourceImages(source, size=size, batch=batch, workers=workers, exact=True, start=start)
 
 
-def read_truth(config: RunConfig, source: Source, spec: str) -> Images:
+def read_truth(config: RunConfig, source: Source, spec: str) -> Truth:
     """The images that those of `source` should be. Raises ValueError where they are not as many."""
     truth = open_source(spec)
     if len(truth) != len(source):
         raise ValueError(f"--truth has {len(truth)} images, and --images has {len(source)}")
-    return np.concatenate(list(exact_images(config, truth)))
+    return Truth(exact_images(config, truth))
 
 
 def prompts_of(source: Source) -> Prompts:
-    """The main captions of a source, "" where an image has none."""
-    captions = [source[number].captions for number in range(len(source))]
-    texts = tuple(each[0] if each else "" for each in captions)
-    return Prompts(texts, ("",) * len(texts))
+    """The main captions of a source, "" where an image has none. Raises ValueError for an item that cannot be read."""
+    texts = []
+    for number in range(len(source)):
+        key = f"item {number}"
+        try:
+            key, _, captions = source[number]
+            texts.append(cleaned(captions[0]) if captions else "")
+        except Skip as skip:
+            raise ValueError(f"{skip.key or key}: {skip.reason}") from skip
+        except ValueError as error:
+            raise ValueError(f"{key}: {error}") from error
+    return Prompts(tuple(texts), ("",) * len(texts))
 
 
 def facts_of(
@@ -277,17 +323,24 @@ def differences(found: Mapping[str, Paired]) -> Iterator[str]:
 
 
 def _list(kind: type) -> Callable[[str], list[Any]]:
-    """A parser of values with commas between them; argparse makes a sentence of what it raises."""
+    """A parser of values with commas between them, each once; argparse makes a sentence of what it raises."""
 
     def parse(text: str) -> list[Any]:
         try:
-            return [kind(part) for part in text.split(",")]
+            return list(dict.fromkeys(kind(part) for part in text.split(",")))
         except ValueError:
             raise argparse.ArgumentTypeError(
                 f"{text!r} is no list of {'whole ' if kind is int else ''}numbers with commas between them"
             ) from None
 
     return parse
+
+
+def _seeds(text: str) -> list[int]:
+    seeds = _list(int)(text)
+    if wrong := [seed for seed in seeds if not 0 <= seed < 2**31]:
+        raise argparse.ArgumentTypeError(f"a seed is from 0 to 2147483647, and not {wrong[0]}")
+    return seeds
 
 
 def _names(text: str) -> list[str]:

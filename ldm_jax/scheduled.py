@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -18,6 +19,7 @@ from ldm_jax.parallel.collectives import Collective, collectives
 from ldm_jax.parallel.cost import Memory, OutOfMemory, memory_of
 from ldm_jax.parallel.schedule import Schedule, run_to_schedule
 
+SIZES = "needed and available:"  # what it says then
 NO_ROOM = 3  # exit status of the process that compiles: the program does not fit
 
 
@@ -34,7 +36,7 @@ def scheduled(program: programs.Program, config: RunConfig, slice_: str, slices:
 
     Raises:
       OutOfMemory: it does not fit the memory of a device.
-      RuntimeError: the compiler failed.
+      OSError: the compiler failed.
       ValueError: as `collectives`.
     """
     given = {"config": to_json(config), "topology": slice_, "slices": slices, "name": program.name}
@@ -42,11 +44,12 @@ def scheduled(program: programs.Program, config: RunConfig, slice_: str, slices:
         command = [sys.executable, "-m", "ldm_jax.scheduled"]
         found = run_to_schedule(command, os.environ, json.dumps(given))
     if not isinstance(found, Schedule):
-        said = found.stdout.strip().splitlines()
-        if found.returncode == NO_ROOM:
-            raise OutOfMemory(*json.loads(said[-1]))
-        raise RuntimeError(
-            f"the compiler of {program.name} ended with status {found.returncode}: {said[-3:]}"
+        sizes = re.search(rf"^{SIZES} (\[.*\])$", found.stdout, re.MULTILINE)
+        if found.returncode == NO_ROOM and sizes:
+            raise OutOfMemory(*json.loads(sizes[1]))
+        last = found.stdout.strip().splitlines()[-1:]
+        raise OSError(
+            f"the compiler of {program.name} ended with status {found.returncode}: {last}"
         )
     devices = list(program.mesh.devices.flat)
     memory = memory_of(found.memory, chip(devices[0].device_kind).hbm)
@@ -66,7 +69,7 @@ def compile_given(text: str) -> int:
     except jax.errors.JaxRuntimeError as error:
         if (found := OutOfMemory.read(error)) is None:
             raise
-        print(json.dumps([found.needed, found.available]))
+        print(SIZES, json.dumps([found.needed, found.available]))
         return NO_ROOM
     return 0
 

@@ -16,7 +16,7 @@ from ldm_jax.data.sources import provenance
 from ldm_jax.evals import METRICS
 from ldm_jax.evals.evaluator import View, Viewer
 from ldm_jax.evals.prompts import Prompts
-from ldm_jax.evals.references import Reference, SourceImages, provenance_of
+from ldm_jax.evals.references import Reference, SourceImages, Truth, provenance_of
 from ldm_jax.evals.scores import Metric, OfImages, OfSets, Scores
 from ldm_jax.metrics.extractors import EXTRACTORS, TOKENS, TRUTH, Extractor
 from ldm_jax.models import weights
@@ -43,7 +43,7 @@ def make_scoring(
     mesh: Mesh,
     *,
     reference: Reference | None = None,
-    truth: Images | None = None,
+    truth: Truth | Images | None = None,
 ) -> Scoring:
     """The scores of `eval.metrics`, or all that can be had: of what is not, the reason is logged.
 
@@ -85,7 +85,7 @@ def _lacking(
     networks: Mapping[str, Network],
     prompts: Prompts,
     reference: Mapping[str, Any],
-    truth: Images | None,
+    truth: Truth | Images | None,
 ) -> str:
     """What a score needs and is not there, if anything."""
     row, count = EXTRACTORS[metric.extractor], len(prompts.texts)
@@ -162,10 +162,13 @@ def measure(
 
 
 def identity(name: str, networks: Mapping[str, Network]) -> tuple[str, str]:
-    """What features of an extractor depend on: its network's weights, and what is done to images before it."""
+    """What features of an extractor depend on: its network, weights and config, and what is done to images before."""
     row = EXTRACTORS[name]
-    network = weights.fingerprint(networks[row.network].params) if row.network else ""
-    return network, row.kind.preprocessing
+    if not row.network:
+        return "", row.kind.preprocessing
+    network = networks[row.network]
+    facts = f"{weights.fingerprint(network.params)} {network.config}"
+    return hashlib.sha256(facts.encode()).hexdigest()[:16], row.kind.preprocessing
 
 
 def _shown(images: Iterable[SomeImages], bar: tqdm) -> Iterator[SomeImages]:

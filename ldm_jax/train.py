@@ -27,6 +27,7 @@ from ldm_jax.data.durable import alone_in
 from ldm_jax.data.scenes import render
 from ldm_jax.evals import METRICS
 from ldm_jax.evals.evaluator import Evaluator
+from ldm_jax.evals.features import Features
 from ldm_jax.evals.journal import Journal
 from ldm_jax.evals.prompts import Prompts
 from ldm_jax.flags import run_command
@@ -120,6 +121,7 @@ class Evaluated(NamedTuple):
     evaluator: Evaluator
     validate: Callable[..., dict[str, float]]
     frozen: Params
+    described: dict[str, str]  # what scores depend on
 
 
 def make_evaluated(
@@ -136,7 +138,8 @@ def make_evaluated(
     scoring = make_scoring(config, prompts, networks, tokenizer, mesh, reference=reference)
     evaluator = build.make_evaluator(config, prompts, network, pretrained, scoring.viewer)
     validate = build.make_validation(config, workdir, network, pretrained, mesh)
-    return Evaluated(prompts, scoring, evaluator, validate, pretrained.params)
+    described = {"prompts": prompts.digest, "reference": reference.digest if reference else ""}
+    return Evaluated(prompts, scoring, evaluator, validate, pretrained.params, described)
 
 
 def make_hooks(
@@ -182,7 +185,9 @@ class Evaluate(Hook):
     ) -> None:
         self._config, self._evaluated, self._metrics = config, evaluated, metrics
         self._settle, self._check = settle, check
-        self._journal = Journal(workdir, config.eval.shown) if metrics else None
+        self._journal = (
+            Journal(workdir, config.eval.shown, evaluated.described) if metrics else None
+        )
         if self._journal:
             self._journal.prompts(evaluated.prompts)
 
@@ -211,11 +216,16 @@ class Evaluate(Hook):
     def _untrained(self, state: State) -> None:
         """The model before training, and the true images where the prompts have them."""
         references = {"untrained": self._write(0, state, "raw")}
-        prompts, scoring, _, _, frozen = self._evaluated
+        prompts, scoring, frozen = (
+            self._evaluated.prompts,
+            self._evaluated.scoring,
+            self._evaluated.frozen,
+        )
         if prompts.scenes:
             pixels = np.stack([render(scene) for scene in prompts.scenes])
             truth = pixels.astype(np.float32) / 127.5 - 1
-            references["true renders"] = scoring.scores(scoring.viewer(frozen, [truth]))
+            features = scoring.viewer(frozen, [truth])
+            references["true renders"] = self._scores(features)
             if self._journal:
                 self._journal.picture("samples/true.png", truth)
         if self._journal:
@@ -227,7 +237,7 @@ class Evaluate(Hook):
         weights = weights or self._config.eval.weights
         params = state.average if weights == "ema" else state.params
         pause = functools.partial(self._check, state)
-        _, scoring, evaluator, validate, frozen = self._evaluated
+        _, _, evaluator, validate, frozen, _ = self._evaluated
         # The first process alone shows images, but all hold what the devices have alike.
         drawn = evaluator(
             params,
@@ -236,10 +246,18 @@ class Evaluate(Hook):
             kept=self._config.eval.shown,
             pause=pause,
         )
-        scores = scoring.scores(drawn.features)
         losses = validate(params, frozen, pause)
+        scores = self._scores(drawn.features)
         if self._journal:
             self._told(examples, weights, drawn.images, scores, losses)
+        return scores
+
+    def _scores(self, features: Features) -> dict[str, Estimate]:
+        """By the first process, for it writes them; a score that fails ends no run."""
+        scores: dict[str, Estimate] = {}
+        if self._journal:
+            with tolerated("The scores of an evaluation"):
+                scores = self._evaluated.scoring.scores(features)
         return scores
 
     def _told(

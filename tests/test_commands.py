@@ -138,6 +138,34 @@ def test_images_that_are_kept_score_as_they_did_when_they_were_drawn(run, tmp_pa
         assert given["scores"][name] == pytest.approx(drawn["scores"][name], abs=1e-5)
 
 
+def test_images_can_be_kept_of_what_is_finished(run):
+    runs.run(evaluate, run, "--seeds=6")
+    runs.run(evaluate, run, "--seeds=6", "--keep")
+    line = lines(run / "scores.jsonl")[-1]
+    images = run / "evaluated" / line["cell"] / "images"
+    assert len(list(images.glob("*.png"))) == len(lines(images / "metadata.jsonl")) == 8
+
+
+def test_a_model_that_is_used_otherwise_is_evaluated_anew(run):
+    first = lines(run / "scores.jsonl")[-1]
+    runs.run(evaluate, run, "--seeds=6", "--config.prediction=x_0")
+    second = lines(run / "scores.jsonl")[-1]
+    assert first["model"]["identity"] != second["model"]["identity"]
+    assert first["cell"] != second["cell"]
+
+
+def test_what_cannot_be_is_refused_before_anything_is_drawn(run, tmp_path):
+    before = sorted(path.name for path in (run / "evaluated").iterdir())
+    for words, said in (
+        (["--steps=3,0"], "steps is 0"),
+        ([f"--against={tmp_path}", "--seeds=9"], "is no finished evaluation"),
+        ([f"--over={tmp_path}", "--seeds=9"], "is no finished evaluation"),
+    ):
+        with pytest.raises((ValueError, FileNotFoundError), match=said):
+            runs.run(evaluate, run, *words)
+    assert sorted(path.name for path in (run / "evaluated").iterdir()) == before
+
+
 def test_runs_of_other_seeds_are_averaged(run, capsys):
     runs.run(evaluate, run, "--seeds=7")
     other = run / "evaluated" / lines(run / "scores.jsonl")[-1]["cell"]

@@ -202,6 +202,37 @@ def test_bad_input_is_refused_in_a_sentence_and_leaves_nothing(folder, config, t
     assert not list((workdir / "evaluated").iterdir())
 
 
+def test_no_score_at_all_is_said(folder, config, tmp_path):
+    for path in folder.glob("*.png"):
+        shutil.copy(path, tmp_path)
+    with pytest.raises(ValueError, match="none of the scores can be had"):
+        look(tmp_path / "run", refused(config, reference=None), f"--images=folder:{tmp_path}")
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [({"file_name": "absent.png", "text": "a cat"}, "absent.png: "), ({"text": "x"}, "file_name")],
+)
+def test_a_folder_whose_metadata_is_wrong_is_told_where(folder, config, tmp_path, row, said):
+    copied = shutil.copytree(folder, tmp_path / "images")
+    with (copied / "metadata.jsonl").open("a") as file:
+        file.write("\n" + json.dumps(row))
+    with pytest.raises(ValueError, match=said):
+        look(tmp_path / "run", config, f"--images=folder:{copied}")
+
+
+def test_a_reference_that_changed_is_another_and_scores_are_made_anew(folder, config, tmp_path):
+    known = shutil.copytree(folder, tmp_path / "known")
+    against = refused(config, reference=f"folder:{known}")
+    first = look(tmp_path / "run", against, f"--images={SOURCE}")
+    shutil.copy(known / "000.png", known / "zzz.png")
+    second = look(tmp_path / "run", against, f"--images={SOURCE}")
+    assert first["cell"] == second["cell"]
+    assert first["reference_digest"] != second["reference_digest"]
+    assert first["scores"]["kid_clip"] != second["scores"]["kid_clip"]
+    assert second["drawn"] == 0
+
+
 def test_images_of_another_size_are_named_and_nothing_is_written(folder, config, tmp_path):
     copied = shutil.copytree(folder, tmp_path / "images")
     Image.new("RGB", (64, 48)).save(copied / "009.png")
@@ -222,6 +253,8 @@ def test_a_network_of_another_kind_is_refused(folder, config, tmp_path):
         (["--images=folder:x", "--steps=3"], "--steps is for a model's images"),
         (["--truth=folder:x"], "--truth goes with --images"),
         (["--steps=3,x"], "'3,x' is no list of whole numbers"),
+        (["--seeds=0,-1"], "a seed is from 0 to 2147483647, and not -1"),
+        (["--images=folder:x", "--keep"], "--keep is for a model's images"),
         (["--samplers=ddim,best"], "there is no sampler 'best'"),
     ],
 )

@@ -11,7 +11,7 @@ from ldm_jax.evals.scores import Distance, Metric, OfImages, OfSets, Others, See
 from ldm_jax.metrics.clip_score import clip_score, clip_score_x100
 from ldm_jax.metrics.estimate import share_estimate
 from ldm_jax.metrics.expansion import Expansion
-from ldm_jax.metrics.frechet import expand_frechet, frechet
+from ldm_jax.metrics.frechet import expand_frechet, frechet, plug_in_frechet
 from ldm_jax.metrics.inception_score import expand_inception_score, inception_score
 from ldm_jax.metrics.kernel import Kernel, cmmd, expand_mmd, gaussian, kid, polynomial
 from ldm_jax.metrics.precision_recall import precision_recall
@@ -64,6 +64,16 @@ def _frechet(name: str, extractor: str) -> OfSets:
     )
 
 
+def _plug_in(name: str, extractor: str) -> OfSets:
+    return OfSets(
+        extractor,
+        (name,),
+        lambda *sets: [plug_in_frechet(*sets)],
+        expand=expand_frechet,
+        least=lambda width: width + 1,
+    )
+
+
 def _kernel(name: str, extractor: str, distance: Distance, kernel: Kernel) -> OfSets:
     def expand(images: Set, reference: Others) -> Expansion:
         return expand_mmd(images, reference, kernel)
@@ -78,6 +88,8 @@ METRICS: dict[str, Metric] = {
     "faithfulness": OfImages("reader", _faithfulness, _lacks_scenes),
     "fid": _frechet("fid", "inception"),
     "clean_fid": _frechet("clean_fid", "inception_clean"),
+    "fid_plug_in": _plug_in("fid_plug_in", "inception"),
+    "clean_fid_plug_in": _plug_in("clean_fid_plug_in", "inception_clean"),
     "fd_clip": _frechet("fd_clip", "clip"),
     "fd_dinov2": _frechet("fd_dinov2", "dinov2"),
     "kid": _kernel("kid", "inception", kid, polynomial),

@@ -82,8 +82,8 @@ def read_cell(path: epath.PathLike) -> tuple[Features, dict[str, Any]]:
 
 def check_comparable(ours: Mapping[str, Any], theirs: Mapping[str, Any], *more: str) -> None:
     """Raises ValueError for evaluations of other prompts or networks, or that do not share `more` of their facts."""
-    for name in ("prompts", "networks", *more):
-        mine, other = (facts[name] for facts in (ours, theirs))
+    for name in ("prompts", "networks", "truth", *more):
+        mine, other = (facts.get(name) for facts in (ours, theirs))
         if name == "prompts":
             mine, other = mine["digest"], other["digest"]
         if mine != other:

@@ -20,10 +20,13 @@ COLUMNS = 8  # of a picture of samples
 
 
 class Journal:
-    """The evaluations of one run; `shown` images of each are kept."""
+    """The evaluations of one run; `shown` images of each are kept, and every line says `described`."""
 
-    def __init__(self, directory: epath.PathLike, shown: int) -> None:
+    def __init__(
+        self, directory: epath.PathLike, shown: int, described: Mapping[str, str] | None = None
+    ) -> None:
         self._directory, self._shown = epath.Path(directory), shown
+        self._described = dict(described or {})
         (self._directory / "samples").mkdir(parents=True, exist_ok=True)
 
     def has(self, examples: int) -> bool:
@@ -60,6 +63,7 @@ class Journal:
             "scores": scores,
             "validation": validation,
             "samples": picture,
+            **self._described,
         }
         append_line(self._directory / "evaluations.jsonl", line)
 

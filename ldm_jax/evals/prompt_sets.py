@@ -58,7 +58,7 @@ def read_set(spec: str) -> tuple[Row, ...]:
         _check(content, path, kind.released if wanted == "released" else (wanted,))
     text = decode(content, path)
     try:
-        rows = [Row(_clean(row.text), row.group) for row in kind.read(text)]
+        rows = [Row(cleaned(row.text), row.group) for row in kind.read(text)]
     except (ValueError, csv.Error) as error:
         raise ValueError(f"{path} cannot be read as {name}: {error}") from error
     return _draw(_distinct(rows, path), spec, path, options)
@@ -83,7 +83,7 @@ def _file(content: str) -> Iterator[Row]:
     # Whoever wrote the list can mend it, so an equal prompt is not left out but told.
     seen: dict[str, int] = {}
     for number, text in numbered_lines(content):
-        first = seen.setdefault(_clean(text), number)
+        first = seen.setdefault(cleaned(text), number)
         if first != number:
             raise ValueError(f"the prompt {text!r} stands in lines {first} and {number}")
         yield Row(text)
@@ -189,7 +189,8 @@ def _check(content: bytes, path: Path, wanted: tuple[str, ...]) -> None:
         )
 
 
-def _clean(text: str) -> str:
+def cleaned(text: str) -> str:
+    """A prompt as it is used: NFC, without white space around it, a line break as one space. Raises ValueError."""
     if any("\ud800" <= character <= "\udfff" for character in text):
         raise ValueError(f"the prompt {text!r} is not Unicode text")
     lines = (line.strip() for line in unicodedata.normalize("NFC", text).splitlines())

@@ -6,7 +6,9 @@ number without a meaning, so a file says what it is of, and nothing else is comp
 
 import collections
 import dataclasses
-from collections.abc import Iterator, Mapping
+import functools
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import grain
@@ -43,10 +45,20 @@ class Provenance:
 
 @dataclasses.dataclass(frozen=True)
 class Reference:
-    """Features [m, ...] by extractor and name, and their provenance."""
+    """Features [m, ...] by extractor and name, and their provenance; `digest` tells it from all others."""
 
     features: Features
     provenance: Provenance
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """Of all features and of what they are of, 16 hexadecimal digits."""
+        total = hashlib.sha256(repr(sorted(dataclasses.asdict(self.provenance).items())).encode())
+        for extractor, by_name in sorted(self.features.items()):
+            for name, array in sorted(by_name.items()):
+                total.update(f"{extractor}/{name} {array.shape}".encode())
+                total.update(np.ascontiguousarray(array).tobytes())
+        return total.hexdigest()[:16]
 
     def write(self, path: epath.PathLike) -> None:
         """One .npz file, whole or not at all."""
@@ -131,6 +143,10 @@ class SourceImages:
             raise ValueError(f"{found.key}: {found.reason}")
         return found[None] / np.float32(127.5) - 1
 
+    def rows(self, numbers: Iterable[int]) -> Images:
+        """Some images, by their numbers. Raises ValueError as iterating does."""
+        return np.concatenate([self[int(number)] for number in numbers])
+
     def _skip(self, skip: Skip) -> None:
         if self._exact:
             raise ValueError(f"{skip.key}: {skip.reason}; every image of an evaluation is read")
@@ -148,6 +164,16 @@ class SourceImages:
             return to_square(item.image, self._size, min_side=1)
         except Skip as skip:
             return Skip(skip.reason, skip.key or key)
+
+
+class Truth:
+    """The images that others should be, read when they are asked for: `truth[numbers]` is [n, size, size, 3]."""
+
+    def __init__(self, images: SourceImages) -> None:
+        self._images = images
+
+    def __getitem__(self, numbers: np.ndarray) -> Images:
+        return self._images.rows(numbers.tolist())
 
 
 def provenance_of(

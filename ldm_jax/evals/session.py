@@ -7,7 +7,7 @@ import collections
 import json
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -28,6 +28,7 @@ from ldm_jax.scaling.records import append_line, commit, read_lines
 from ldm_jax.types import Images
 
 EXTREMES = 8  # images that are shown as best, and as worst
+SAME = ("reference_digest", "validated_by")  # what else a record's numbers depend on
 RECORDS, COMPARISONS = "scores.jsonl", "comparisons.jsonl"
 
 
@@ -59,9 +60,11 @@ def evaluated(session: Session, work: Work, cell: Cell) -> dict[str, Any]:
     """The record of an evaluation, which is made if it is not there, from where it stopped."""
     line = recorded(session, cell)
     if distributed.agreed(line is not None):
+        complete(session, work, cell)
         return line or {}
     begun = time.perf_counter()
     drawn, rate = look(session, work, cell)
+    complete(session, work, cell)
     features = cell.finish() if distributed.is_first() else None
     pictures = picture(session, work, cell, features)
     if features is None:
@@ -86,7 +89,7 @@ def recorded(session: Session, cell: Cell) -> dict[str, Any] | None:
         for line in read_lines(session.workdir / RECORDS)
         if line.get("cell") == cell.name
         and line["metrics"] == list(session.scores.metrics)
-        and line["reference"] == session.described["reference"]
+        and all(line.get(name) == session.described[name] for name in SAME)
     ]
     return found[-1] if found else None
 
@@ -118,7 +121,7 @@ def take(session: Session, cell: Cell, first: int, part: Part) -> None:
     if not distributed.is_first():
         return
     if part.images is not None:
-        keep(session, cell, first, part.images)
+        keep(cell, range(first, first + len(part.images)), part.images)
     cell.add(first, part.features)
 
 
@@ -136,17 +139,33 @@ def check_finite(session: Session, first: int, features: Features) -> None:
         )
 
 
-def keep(session: Session, cell: Cell, first: int, images: Images) -> None:
-    """Writes images, and which prompt each belongs to, as `folder:` reads them."""
-    directory = cell.path / "images"
-    directory.mkdir(exist_ok=True)
-    for number, pixels in enumerate(to_uint8(images), first):
-        save_png(directory / f"{number:06d}.png", pixels)
-    rows = [
-        json.dumps({"file_name": f"{number:06d}.png", "text": session.scores.prompts.texts[number]})
-        for number in range(first + len(images))
-    ]
-    write_atomically(directory / "metadata.jsonl", ("\n".join(rows) + "\n").encode())
+def keep(cell: Cell, numbers: Iterable[int], images: Images) -> None:
+    """Writes images by the numbers of their prompts."""
+    (cell.path / "images").mkdir(parents=True, exist_ok=True)
+    for number, pixels in zip(numbers, to_uint8(images), strict=True):
+        save_png(_kept(cell, number), pixels)
+
+
+def complete(session: Session, work: Work, cell: Cell) -> None:
+    """Where images are kept: draws those that are not there, and writes which prompt each belongs to."""
+    if not session.keep:
+        return
+    texts = session.scores.prompts.texts
+    missing = [n for n in range(len(texts)) if not _kept(cell, n).exists()]
+    missing = distributed.agreed_numbers(missing, len(texts))
+    for first in range(0, len(missing), session.shown):
+        numbers = missing[first : first + session.shown]
+        images = work.images(numbers)
+        if distributed.is_first():
+            keep(cell, numbers, images)
+    if distributed.is_first():
+        rows = [{"file_name": _kept(cell, n).name, "text": text} for n, text in enumerate(texts)]
+        content = "".join(json.dumps(row) + "\n" for row in rows)
+        write_atomically(cell.path / "images" / "metadata.jsonl", content.encode())
+
+
+def _kept(cell: Cell, number: int) -> epath.Path:
+    return cell.path / "images" / f"{number:06d}.png"
 
 
 class Shown(NamedTuple):
@@ -262,11 +281,13 @@ def compared(session: Session, cell: Cell, against: str) -> dict[str, Paired]:
     check_comparable(cell.facts, facts)
     found = session.scores.paired(cell.finish(), theirs)
     line = {"cell": cell.name, "against": against, "differences": found}
+    line |= {name: session.described[name] for name in ("reference", "reference_digest")}
     append_line(session.workdir / COMPARISONS, line)
     return found
 
 
 def _append_once(path: epath.PathLike, line: Mapping[str, Any]) -> None:
     """Adds a line that is not there yet."""
-    if json.loads(json.dumps(line)) not in read_lines(path):
+    text = json.dumps(line)  # as text: NaN is not equal to NaN
+    if text not in map(json.dumps, read_lines(path)):
         append_line(path, line)

@@ -39,12 +39,14 @@ class Evaluation(NamedTuple):
     @property
     def shown(self) -> dict[str, Any]:
         """Everything by which two evaluations may differ."""
-        return self.settings | ({"seeds": ", ".join(map(str, self.seeds))} if self.seeds else {})
+        runs = {"runs": 1 + len(self.line["over"])} if self.line.get("over") else {}
+        seeds = {"seeds": ", ".join(map(str, self.seeds))} if self.seeds else {}
+        return self.settings | seeds | runs
 
     @property
     def is_summary(self) -> bool:
-        """Whether it is of several seeds together."""
-        return len(self.seeds) > 1
+        """Whether it is of several seeds, of sampling or of runs, together."""
+        return len(self.seeds) > 1 or bool(self.line.get("over"))
 
 
 def read_evaluations(workdir: epath.PathLike) -> list[Evaluation]:
@@ -84,7 +86,8 @@ def differences(group: list[Evaluation]) -> list[str]:
     """What has to be the same for all scores to be comparable, and is not: "reference", "network clip"."""
     used: dict[str, set[str]] = {}
     for each in group:
-        named = {"reference": each.line.get("reference"), "truth": each.line.get("truth")}
+        used_reference = each.line.get("reference_digest", each.line.get("reference"))
+        named = {"reference": used_reference, "truth": each.line.get("truth")}
         named |= {f"network {name}": row for name, row in each.line.get("networks", {}).items()}
         for name, value in named.items():
             if value is not None:
@@ -120,4 +123,8 @@ def contenders(group: Sequence[Evaluation]) -> list[Evaluation]:
 
 
 def _covers(other: Evaluation, each: Evaluation) -> bool:
-    return set(each.seeds) < set(other.seeds) and each.settings == other.settings
+    """A mean over seeds covers these, and one over runs the same evaluation of its own run."""
+    if each.settings != other.settings or each.line.get("over"):
+        return False
+    more = set(each.seeds) < set(other.seeds)
+    return more or (bool(other.line.get("over")) and each.seeds == other.seeds)

@@ -56,7 +56,7 @@ def _check_equal(a: np.ndarray, b: np.ndarray) -> None:
 
 def _sign_flips(differences: Float[np.ndarray, " n"]) -> Paired:
     estimate = mean_estimate(differences)
-    if np.isnan(estimate.value):
+    if not np.isfinite(estimate.value):
         return Paired(estimate, float("nan"))
     rng, total, shape = np.random.default_rng(0), differences.sum(), (BATCH, len(differences))
     exchanged = [

@@ -27,3 +27,10 @@ def test_a_line_has_its_scores_with_intervals_and_its_picture(tmp_path):
     assert Estimate(*row["scores"]["clip_score"]) == SCORES["clip_score"]
     with Image.open(tmp_path / row["samples"]) as picture:
         assert picture.width >= 2 * 8
+
+
+def test_a_line_says_what_its_scores_depend_on(tmp_path):
+    journal = Journal(tmp_path, shown=2, described={"prompts": "ab", "reference": "cd"})
+    journal.add(32, "ema", IMAGES, SCORES, {})
+    row = json.loads((tmp_path / "evaluations.jsonl").read_text())
+    assert (row["prompts"], row["reference"]) == ("ab", "cd")

@@ -9,7 +9,7 @@ from ldm_jax.evals.prompts import read_prompts
 from ldm_jax.evals.scores import Scores
 from ldm_jax.metrics.estimate import mean_estimate, share_estimate
 from ldm_jax.metrics.extractors import EXTRACTORS
-from ldm_jax.metrics.frechet import frechet
+from ldm_jax.metrics.frechet import frechet, frechet_distance, moments
 from ldm_jax.metrics.seeds import over_prompts_and_seeds, over_seeds
 
 COUNT, WIDTH = 64, 4
@@ -122,3 +122,20 @@ def test_what_a_score_needs_of_prompts_is_said():
     assert "scenes" in METRICS["faithfulness"].lacks(plain)
     assert METRICS["clip_score"].lacks(plain) == ""
     assert METRICS["clip_score"].lacks(plain._replace(texts=("a cat", ""))) != ""
+
+
+def test_the_value_that_papers_print_has_the_bias_and_serves_fewer_images():
+    given = features(0)
+    found = scores("fid", "fid_plug_in")(given)
+    plain = frechet_distance(*(moments(x["inception"]["image"]) for x in (given, REFERENCE)))
+    assert found["fid_plug_in"].value == pytest.approx(plain)
+    assert found["fid_plug_in"].value > found["fid"].value
+    few = {"inception": {"image": given["inception"]["image"][: WIDTH + 1]}}
+    assert np.isnan(scores("fid_plug_in")(few)["fid_plug_in"].low)
+
+
+def test_one_infinite_pair_makes_the_test_unknown_and_not_certain():
+    infinite = features(0)
+    infinite["pairs"]["psnr"][0] = np.inf
+    found = scores("psnr").paired(infinite, features(0))
+    assert np.isnan(found["psnr"].p)
