@@ -109,9 +109,8 @@ class Evaluator:
             seeded = jax.random.fold_in(key, seed)
             keys = jax.vmap(jax.random.fold_in, (None, 0))(seeded, rows["index"])
             drawn = generate(params, frozen, rows["tokens"], negative, keys, guidance)
-            images = to_images(
-                rounded(drawn)
-            )  # scores are those of the files that would be written
+            # Scores are those of the files that would be written.
+            images = to_images(rounded(drawn))
             return images, viewer.features(frozen, images, rows["read"])
 
         self._run = jit(run, viewer.mesh, out_shardings=replicated(viewer.mesh))

@@ -130,6 +130,8 @@ def test_the_value_that_papers_print_has_the_bias_and_serves_fewer_images():
     plain = frechet_distance(*(moments(x["inception"]["image"]) for x in (given, REFERENCE)))
     assert found["fid_plug_in"].value == pytest.approx(plain)
     assert found["fid_plug_in"].value > found["fid"].value
+    shift = found["fid_plug_in"].value - found["fid"].value
+    np.testing.assert_allclose(np.subtract(found["fid_plug_in"][:3], shift), found["fid"][:3])
     few = {"inception": {"image": given["inception"]["image"][: WIDTH + 1]}}
     assert np.isnan(scores("fid_plug_in")(few)["fid_plug_in"].low)
 
