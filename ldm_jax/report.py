@@ -126,7 +126,7 @@ def _read_lines(path: epath.Path) -> list[Line]:
 
 
 def _last_record(path: epath.Path) -> RunRecord | None:
-    records = read_records(path) if path.is_file() else []
+    records = read_records(RunRecord, path) if path.is_file() else []
     return max(records, key=lambda record: record.examples, default=None)
 
 

@@ -117,7 +117,7 @@ def test_a_record_comes_back_as_it_was(bucket):
     estimate = Estimate(0.31, 0.30, 0.32, 1000)
     record = RunRecord("", {}, "", "CPU x 1", 0, 1, 1.0, 8, 1.0, {"train": 0.1}, {"clip": estimate})
     append_record(bucket / "record.jsonl", record)
-    assert read_records(bucket / "record.jsonl") == [record]
+    assert read_records(RunRecord, bucket / "record.jsonl") == [record]
 
 
 def test_a_file_is_replaced_and_leaves_nothing_beside(bucket):

@@ -2,11 +2,14 @@
 
 import html
 import io
+import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import matplotlib
 import numpy as np
+from etils import epath
 from jaxtyping import Float, Int
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -18,6 +21,7 @@ PURPLE = "#8250b4"
 
 Values = Sequence[int | float] | Float[np.ndarray, " points"] | Int[np.ndarray, " points"]
 
+DPI = 110
 NO_METADATA = dict.fromkeys(("Creator", "Date", "Format", "Type"))
 
 STYLE = {
@@ -51,14 +55,41 @@ STYLE = {
 }
 
 
-def svg(paint: Callable[[Axes], None], *, title: str, size: tuple[float, float]) -> str:
+Paint = Callable[[Axes], None]
+Size = tuple[int | float, int | float]  # inches
+
+
+def svg(paint: Paint, *, title: str, size: Size) -> str:
     """One chart as an `<svg>` element; `paint` draws into its axes, `size` is in inches."""
-    with matplotlib.rc_context(STYLE | {"svg.hashsalt": title}):
-        figure = Figure(figsize=size, layout="constrained")
-        paint(figure.add_subplot(title=title))
-        stream = io.StringIO()
-        figure.savefig(stream, format="svg", metadata=NO_METADATA, transparent=True)
+    stream = io.StringIO()
+    _write(charts({title: paint}, size=size), stream, format="svg", transparent=True)
     return _element(stream.getvalue(), title)
+
+
+def charts(paints: Mapping[str, Paint], *, size: Size, columns: int = 3) -> Figure:
+    """Charts by title, side by side and row by row; `size` is that of one, in inches."""
+    columns = min(columns, len(paints))
+    rows = -(-len(paints) // columns)
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(size[0] * columns, size[1] * rows), layout="constrained")
+        for number, (title, paint) in enumerate(paints.items(), 1):
+            paint(figure.add_subplot(rows, columns, number, title=title))
+    return figure
+
+
+def save(figure: Figure, path: epath.PathLike) -> None:
+    """Writes PATH.png and PATH.svg; the same figure is the same bytes."""
+    for kind in ("png", "svg"):
+        stream = io.BytesIO()
+        _write(figure, stream, format=kind, dpi=DPI)
+        epath.Path(f"{os.fspath(path)}.{kind}").write_bytes(stream.getvalue())
+
+
+def _write(figure: Figure, stream: io.StringIO | io.BytesIO, **options: Any) -> None:
+    metadata = NO_METADATA if options["format"] == "svg" else {"Software": None}
+    titles = [axes.get_title(loc="left") for axes in figure.axes]
+    with matplotlib.rc_context(STYLE | {"svg.hashsalt": " ".join(titles)}):
+        figure.savefig(stream, metadata=metadata, **options)
 
 
 def examples_axis(axes: Axes) -> None:

@@ -1,7 +1,6 @@
-"""The ledger of experiments: one run, one JSON line.
+"""The ledger of experiments: one run, or one cell of a study's grid, a JSON line.
 
-A ledger is only ever appended to. A run that was repeated (the same study, config, seed and number
-of examples) has several lines, and the last one counts.
+A ledger is only ever appended to. What was repeated (the same `key`) has several lines, and the last one counts.
 """
 
 import contextlib
@@ -11,8 +10,8 @@ import json
 import os
 import subprocess
 import warnings
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, TypeVar
 
 from etils import epath
 
@@ -41,6 +40,37 @@ class RunRecord:
         return self.study, json.dumps(self.config, sort_keys=True), self.seed, self.examples
 
 
+@dataclasses.dataclass(frozen=True)
+class SamplingRecord:
+    """Images of one model drawn in one way with one seed: a cell of a study's grid, and what came of it."""
+
+    study: str
+    grid: str  # digest of all that decides the cells of the study
+    commit: str  # of the code that drew; empty where unknown
+    chips: str  # kind and number
+    model: str  # its name in the study
+    params: int
+    examples: int  # seen in training
+    sampler: str
+    steps: int
+    guidance: float
+    seed: int
+    cost: float  # evaluations of the network for an image, a pair counting once, times the cost of one
+    flops: float  # of the network for an image, of both branches of guidance
+    seconds: float | None  # for an image on all chips together; None: compiling was in it
+    scores: Mapping[str, Estimate]
+    values: Mapping[str, Sequence[float]]  # numbers by prompt, whose mean is the score of that name
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """What makes two records the same cell."""
+        where = self.model, self.sampler, self.steps, self.guidance, self.seed
+        return self.study, self.grid, self.commit, *where
+
+
+Record = TypeVar("Record", RunRecord, SamplingRecord)
+
+
 def commit() -> str:
     """The commit that the package is run from; empty where it is no checkout."""
     command = ["git", "-C", os.path.dirname(__file__), "rev-parse", "HEAD"]
@@ -50,7 +80,7 @@ def commit() -> str:
         return ""
 
 
-def append_record(path: epath.PathLike, record: RunRecord) -> None:
+def append_record(path: epath.PathLike, record: RunRecord | SamplingRecord) -> None:
     """Adds a record to a ledger as one line, as `append_line` does."""
     append_line(path, dataclasses.asdict(record))
 
@@ -108,31 +138,31 @@ def _append_locked(path: epath.PathLike, line: bytes) -> None:
         os.close(file)
 
 
-def read_records(*paths: epath.PathLike) -> list[RunRecord]:
-    """The records of one ledger or of several, each run once, in the order of first appearance.
+def read_records(kind: type[Record], *paths: epath.PathLike) -> list[Record]:
+    """The records of one ledger or of several, each `key` once, in the order of first appearance.
 
     A line that was left unfinished is left out with a warning.
 
     Raises:
       ValueError: a line that is JSON but no record, with its file and number.
     """
-    records = (record for path in paths for record in _read(epath.Path(path)))
+    records = (record for path in paths for record in _read(kind, epath.Path(path)))
     return list({record.key: record for record in records}.values())
 
 
-def _read(path: epath.Path) -> Iterator[RunRecord]:
+def _read(kind: type[Record], path: epath.Path) -> Iterator[Record]:
     for number, line in enumerate(path.read_text().splitlines(), 1):
         try:
             entry = json.loads(line)
         except json.JSONDecodeError:
             warnings.warn(f"{path}, line {number}: unfinished, left out", stacklevel=3)
         else:
-            yield _record(entry, f"{path}, line {number}")
+            yield _record(kind, entry, f"{path}, line {number}")
 
 
-def _record(entry: Any, place: str) -> RunRecord:
-    expected = {field.name for field in dataclasses.fields(RunRecord)}
+def _record(kind: type[Record], entry: Any, place: str) -> Record:
+    expected = {field.name for field in dataclasses.fields(kind)}
     if not isinstance(entry, dict) or set(entry) != expected:
         raise ValueError(f"{place} is no record; one has {', '.join(sorted(expected))}")
     scores = {name: Estimate(*row) for name, row in entry["scores"].items()}
-    return RunRecord(**entry | {"scores": scores})
+    return kind(**entry | {"scores": scores})

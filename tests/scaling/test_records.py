@@ -34,14 +34,14 @@ def ledger(tmp_path):
 
 def test_record_comes_back_as_it_was(ledger):
     append_record(ledger, RECORD)
-    (found,) = read_records(ledger)
+    (found,) = read_records(RunRecord, ledger)
     assert found == RECORD
     assert isinstance(found.scores["clip"], Estimate)
 
 
 def test_infinite_loss_is_kept(ledger):
     append_record(ledger, dataclasses.replace(RECORD, losses={"train": math.inf}))
-    assert read_records(ledger)[0].losses == {"train": math.inf}
+    assert read_records(RunRecord, ledger)[0].losses == {"train": math.inf}
 
 
 def test_repeated_run_counts_once_with_its_last_line(ledger):
@@ -49,7 +49,7 @@ def test_repeated_run_counts_once_with_its_last_line(ledger):
     again = dataclasses.replace(RECORD, seconds=1.0, commit="fedc")
     for record in (RECORD, other, again):
         append_record(ledger, record)
-    assert read_records(ledger) == [again, other]
+    assert read_records(RunRecord, ledger) == [again, other]
 
 
 @pytest.mark.parametrize("field", ["study", "seed", "examples", "config"])
@@ -57,14 +57,14 @@ def test_runs_differ_by_study_config_seed_and_examples(ledger, field):
     value = {"study": "other", "seed": 1, "examples": 1, "config": {}}[field]
     append_record(ledger, RECORD)
     append_record(ledger, dataclasses.replace(RECORD, **{field: value}))
-    assert len(read_records(ledger)) == 2
+    assert len(read_records(RunRecord, ledger)) == 2
 
 
 def test_ledgers_are_read_together(ledger, tmp_path):
     other = dataclasses.replace(RECORD, seed=1)
     append_record(ledger, RECORD)
     append_record(tmp_path / "more.jsonl", other)
-    assert read_records(ledger, tmp_path / "more.jsonl") == [RECORD, other]
+    assert read_records(RunRecord, ledger, tmp_path / "more.jsonl") == [RECORD, other]
 
 
 @pytest.mark.parametrize("kept", [1, 100, -2])
@@ -75,23 +75,23 @@ def test_torn_line_is_left_out_and_spoils_no_other(ledger, kept):
     start = whole.index(b"\n") + 1
     ledger.write_bytes(whole[:start] + whole[start:][:kept])
     with pytest.warns(UserWarning, match=r"line 2: unfinished"):
-        assert read_records(ledger) == [RECORD]
+        assert read_records(RunRecord, ledger) == [RECORD]
     append_record(ledger, dataclasses.replace(RECORD, seed=2))
     with pytest.warns(UserWarning, match=r"line 2: unfinished"):
-        assert [record.seed for record in read_records(ledger)] == [0, 2]
+        assert [record.seed for record in read_records(RunRecord, ledger)] == [0, 2]
 
 
 def test_line_without_its_break_still_counts(ledger):
     append_record(ledger, RECORD)
     ledger.write_bytes(ledger.read_bytes().rstrip())
     append_record(ledger, dataclasses.replace(RECORD, seed=1))
-    assert [record.seed for record in read_records(ledger)] == [0, 1]
+    assert [record.seed for record in read_records(RunRecord, ledger)] == [0, 1]
 
 
 def test_line_that_is_no_record_is_named(ledger):
     ledger.write_text('{"study": "x"}\n')
     with pytest.raises(ValueError, match=r"records\.jsonl, line 1 is no record; one has chips, "):
-        read_records(ledger)
+        read_records(RunRecord, ledger)
 
 
 WRITER = """
@@ -112,4 +112,4 @@ def test_lines_of_several_processes_do_not_mix(ledger):
         for source in sources
     ]
     assert [writer.wait() for writer in writers] == [0, 0, 0]
-    assert sorted(record.seed for record in read_records(ledger)) == list(range(60))
+    assert sorted(record.seed for record in read_records(RunRecord, ledger)) == list(range(60))

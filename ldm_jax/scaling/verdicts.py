@@ -1,0 +1,29 @@
+"""What data says of a finding: confirmed, refuted, or not decided by this much of it."""
+
+import enum
+from collections.abc import Iterable
+
+from ldm_jax.types import Estimate
+
+
+class Verdict(enum.Enum):
+    """The three answers; the value is how people read it."""
+
+    CONFIRMED = "confirmed"
+    REFUTED = "refuted"
+    UNDECIDED = "not decided by this much data"
+
+
+def above(estimate: Estimate, bound: float) -> Verdict:
+    """Whether a quantity is above a bound: by its 95% interval, all of it on one side. NaN decides nothing."""
+    if estimate.low > bound:
+        return Verdict.CONFIRMED
+    return Verdict.REFUTED if estimate.high < bound else Verdict.UNDECIDED
+
+
+def in_all(verdicts: Iterable[Verdict]) -> Verdict:
+    """A finding that is said to hold everywhere: one refutation refutes it, and all have to confirm it."""
+    found = set(verdicts)
+    if Verdict.REFUTED in found:
+        return Verdict.REFUTED
+    return Verdict.CONFIRMED if found == {Verdict.CONFIRMED} else Verdict.UNDECIDED
