@@ -23,7 +23,7 @@ import itertools
 import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from etils import epath
 from jax.sharding import Mesh
@@ -53,6 +53,7 @@ from ldm_jax.evals.session import (
 from ldm_jax.flags import UsageError, run_command
 from ldm_jax.metrics.paired import Paired
 from ldm_jax.models import weights
+from ldm_jax.nn.functional import Functional
 from ldm_jax.parallel import distributed, make_mesh
 from ldm_jax.pretrained import Pretrained, load_pretrained, load_scoring
 from ldm_jax.scoring import Scoring, identity, make_reference, make_scoring
@@ -147,30 +148,64 @@ def of_model(
     config: RunConfig, workdir: epath.Path, flags: argparse.Namespace, mesh: Mesh
 ) -> tuple[Session, list[Work]]:
     """Every combination of samplers, steps, guidance and seeds of the newest checkpoint."""
+    model = open_model(config, workdir, mesh)
+    works = [
+        work
+        for sampling in samplings(config.sampling, flags)
+        for work in model.works(sampling, flags.guidance or [sampling.guidance], flags.seeds or [0])
+    ]
+    args = config, workdir, model.scoring, model.validate(), flags, model.reference
+    return session_of(*args), works
+
+
+class Opened(NamedTuple):
+    """A trained model, ready to be sampled and scored."""
+
+    config: RunConfig
+    workdir: epath.Path
+    network: Functional
+    params: Params
+    pretrained: Pretrained
+    prompts: Prompts
+    scoring: Scoring
+    reference: Reference | None
+    facts: dict[str, Any]  # what decides features, but for how they are sampled
+
+    def works(
+        self, sampling: SamplingConfig, scales: Sequence[float], seeds: Sequence[int]
+    ) -> list[Work]:
+        """An evaluation for each scale of guidance and seed; all of them are runs of one program."""
+        own = dataclasses.replace(self.config, sampling=sampling)
+        viewer, frozen = self.scoring.viewer, self.pretrained.params
+        evaluator = build.make_evaluator(own, self.prompts, self.network, self.pretrained, viewer)
+        works = []
+        for guidance, seed in itertools.product(scales, seeds):
+            facts = sampling_facts(sampling, guidance) | {"noise": [self.config.seed, seed]}
+            args = self.params, frozen, guidance
+            drawn = functools.partial(evaluator.parts, *args, seed=seed)
+            again = functools.partial(evaluator.images_of, *args, seed=seed)
+            works.append(Work(label(facts), self.facts | facts, drawn, again))
+        return works
+
+    def validate(self) -> dict[str, float]:
+        """The validation losses, where the config wants some."""
+        args = self.config, self.workdir, self.network, self.pretrained, self.scoring.viewer.mesh
+        return build.make_validation(*args)(self.params, self.pretrained.params)
+
+
+def open_model(config: RunConfig, workdir: epath.Path, mesh: Mesh) -> Opened:
+    """The newest checkpoint of a run, and what its images are scored by. Raises as `load_weights`, `make_scoring`."""
     pretrained = load_pretrained(config, mesh)
     network = build.make_backbone(config, pretrained)
     examples, params = build.load_weights(config, workdir, network, pretrained, mesh)
     prompts = build.make_prompts(config, workdir)
-    networks, frozen = pretrained.scoring, pretrained.params
+    networks, tokenizer = pretrained.scoring, pretrained.clip_tokenizer
     reference = make_reference(config, workdir, networks, mesh)
-    tokenizer = pretrained.clip_tokenizer
     scoring = make_scoring(config, prompts, networks, tokenizer, mesh, reference=reference)
-    losses = build.make_validation(config, workdir, network, pretrained, mesh)(params, frozen)
     model = {"examples": examples, "weights": config.eval.weights}
     model |= identity_of(config, params, pretrained)
-    shared = facts_of(model, config.eval.prompts, prompts, scoring, networks)
-
-    works = []
-    for sampling in samplings(config.sampling, flags):
-        own = dataclasses.replace(config, sampling=sampling)
-        evaluator = build.make_evaluator(own, prompts, network, pretrained, scoring.viewer)
-        scales = flags.guidance or [sampling.guidance]
-        for guidance, seed in itertools.product(scales, flags.seeds or [0]):
-            facts = sampling_facts(sampling, guidance) | {"noise": [config.seed, seed]}
-            drawn = functools.partial(evaluator.parts, params, frozen, guidance, seed=seed)
-            again = functools.partial(evaluator.images_of, params, frozen, guidance, seed=seed)
-            works.append(Work(label(facts), shared | facts, drawn, again))
-    return session_of(config, workdir, scoring, losses, flags, reference), works
+    facts = facts_of(model, config.eval.prompts, prompts, scoring, networks)
+    return Opened(config, workdir, network, params, pretrained, prompts, scoring, reference, facts)
 
 
 def identity_of(config: RunConfig, params: Params, pretrained: Pretrained) -> dict[str, Any]:
