@@ -56,11 +56,7 @@ def main(flags: argparse.Namespace) -> None:
 
 def run(config: RunConfig, workdir: epath.Path, watch: Stopwatch) -> None:
     """Builds what the config describes and trains it."""
-    if jax.config.jax_compilation_cache_dir is None:  # else it is the user's
-        jax.config.update("jax_compilation_cache_dir", str(workdir / "compiled"))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-        # With those the directory would be part of the keys, and nothing found after a move.
-        jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
+    keep_programs(workdir)
     mesh = make_mesh(config.mesh)
     pretrained = load_pretrained(config, mesh)
     loader = build.make_loader(config, workdir, pretrained, mesh)
@@ -91,6 +87,15 @@ def run(config: RunConfig, workdir: epath.Path, watch: Stopwatch) -> None:
             tell_time(watch, workdir, begun)
     if distributed.is_first():
         append_record(workdir / "record.jsonl", record(config, workdir, state, flops))
+
+
+def keep_programs(workdir: epath.Path) -> None:
+    """Keeps what is compiled in WORKDIR/compiled, if the user keeps it nowhere else."""
+    if jax.config.jax_compilation_cache_dir is None:
+        jax.config.update("jax_compilation_cache_dir", str(workdir / "compiled"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+        # With those the directory would be part of the keys, and nothing found after a move.
+        jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
 
 
 def tell_time(watch: Stopwatch, workdir: epath.Path, begun: int) -> None:

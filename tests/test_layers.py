@@ -44,7 +44,7 @@ SIBLINGS = {
     "programs": {"config", "pretrained", "build"},
     "scheduled": {"config", "programs"},
     "layouts": {"config", "programs"},
-    "study": {"train", "evaluate", "plan"},
+    "study": {"encode", "train", "evaluate"},
 }
 
 

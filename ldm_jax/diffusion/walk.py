@@ -5,7 +5,7 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Integer
+from jaxtyping import Array, Float, Int, Integer
 
 from ldm_jax.diffusion.draws import gaussian
 from ldm_jax.diffusion.guidance import EVERYWHERE, Interval, Limited, guided_steps, segments
@@ -105,9 +105,14 @@ def check_walk(sampler: Sampler, grid: Point) -> None:
 
 def evaluations(sampler: Sampler, grid: Point, interval: Interval = EVERYWHERE) -> int:
     """How many latents the network sees for one guided image; both branches count where both run."""
-    calls = np.full(len(grid.alpha) - 1, sampler.stages)
-    calls[-1] = 1
-    return int(np.sum(calls * np.where(guided_steps(grid, interval), 2, 1)))
+    return int(np.sum(calls(sampler, grid) * np.where(guided_steps(grid, interval), 2, 1)))
+
+
+def calls(sampler: Sampler, grid: Point) -> Int[np.ndarray, " S"]:
+    """How often each step of a walk calls the denoiser; a guided call sees a latent twice."""
+    stages = np.full(len(grid.alpha) - 1, sampler.stages)
+    stages[-1] = 1
+    return stages
 
 
 def initial_noise(keys: Keys, shape: tuple[int, int, int]) -> Latent:

@@ -1,6 +1,7 @@
 """What chips can do: a row a generation of TPU, the links that groups of chips have, the peaks of other devices."""
 
 import math
+import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -75,6 +76,22 @@ def chip(device_kind: str) -> Chip:
             return row
     known = ", ".join(row.name for row in CHIPS)
     raise ValueError(f"no row of `parallel.chips` for the device {device_kind!r}; it has {known}")
+
+
+def slice_named(topology: str) -> tuple[Chip, int]:
+    """The row and the number of chips of a slice by its name, such as "v5e:16x16"; no compiler is asked.
+
+    Raises:
+      ValueError: it is no such name.
+    """
+    kind, _, dims = topology.partition(":")
+    row = next((row for row in CHIPS if row.name == kind), None)
+    if row is None or not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", dims):
+        known = ", ".join(row.name for row in CHIPS)
+        raise ValueError(
+            f"no slice is called {topology!r}: it is KIND:AxB or KIND:AxBxC, of {known}"
+        )
+    return row, math.prod(map(int, dims.split("x")))
 
 
 def peak_flops(device_kind: str) -> float | None:

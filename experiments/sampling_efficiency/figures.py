@@ -1,0 +1,242 @@
+"""What the records of the study say: figures as PNG and SVG, one page, and the verdicts on findings 3 and 4."""
+
+import html
+import itertools
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import matplotlib
+import numpy as np
+from etils import epath
+from matplotlib.axes import Axes
+
+from ldm_jax.data.durable import write_atomically
+from ldm_jax.evals import LOWER_IS_BETTER
+from ldm_jax.scaling import efficiency, pages, plots
+from ldm_jax.scaling.efficiency import Curve, Finding
+from ldm_jax.scaling.pareto import frontier, stretches
+from ldm_jax.scaling.records import SamplingRecord, read_records
+from ldm_jax.scaling.verdicts import Verdict
+from ldm_jax.types import Estimate
+
+COLORS = matplotlib.colormaps["viridis_r"]
+SMALL = (3.4, 2.8)  # inches of one chart among several
+Paint = Callable[[Axes], None]
+COSTS = {
+    "cost": "sampling cost (relative cost of a pass x passes)",
+    "flops": "FLOPs of an image, guidance counted",
+    "seconds": "seconds an image, as measured",
+}
+
+
+class Findings(NamedTuple):
+    """What one score says: of finding 3 by sampler, and of finding 4."""
+
+    score: str
+    curves: list[Curve]
+    by_sampler: dict[str, Finding]
+    whatever: Verdict
+
+
+def draw(directory: epath.Path, ledger: epath.Path, commit: str | None) -> Iterator[str]:
+    """Writes everything into `directory`; what people want to know of it, line by line.
+
+    Raises ValueError where there is no record, or none of the commit.
+    """
+    groups = efficiency.groups(read_records(SamplingRecord, ledger))
+    records = chosen(groups, commit)
+    yield f"{len(records)} cells of grid {records[0].grid} by commit {records[0].commit or 'unknown'}"
+    for (_, grid, by), others in groups.items():
+        if others is not records:
+            yield f"  kept apart: {len(others)} cells of grid {grid} by commit {by or 'unknown'}"
+    yield from (f"  incomplete, left out: {point}" for point in efficiency.incomplete(records))
+    found = [findings(records, score) for score in records[0].scores]
+    for each in found:
+        yield from told(each)
+        for name, figure in figures(each).items():
+            plots.save(figure, directory / f"{name}-{each.score}")
+    verdicts = {each.score: as_json(each) for each in found}
+    write_atomically(directory / "verdicts.json", json.dumps(verdicts, indent=1).encode())
+    write_atomically(directory / "page.html", page(records, found).encode())
+    yield f"all of it in {directory / 'page.html'}"
+
+
+def chosen(
+    groups: dict[efficiency.Group, list[SamplingRecord]], commit: str | None
+) -> list[SamplingRecord]:
+    """The newest group, or that of a commit."""
+    found = [of for (_, _, by), of in groups.items() if commit is None or by.startswith(commit)]
+    if not found:
+        known = ", ".join(by or "unknown" for _, _, by in groups) or "none at all"
+        raise ValueError(f"there are no records of commit {commit}; there are those of {known}")
+    return found[-1]
+
+
+def findings(records: Sequence[SamplingRecord], score: str) -> Findings:
+    """The verdicts by one score."""
+    curves = efficiency.curves(records, score, lower_is_better=score in LOWER_IS_BETTER)
+    by_sampler = {curve.sampler: efficiency.smaller_is_better(curve) for curve in curves}
+    whatever = efficiency.whatever_the_sampler(by_sampler.values())
+    return Findings(score, curves, by_sampler, whatever)
+
+
+def told(found: Findings) -> Iterator[str]:
+    """Verdicts as sentences."""
+    yield f"by {found.score}:"
+    for sampler, (verdict, wins) in found.by_sampler.items():
+        share = f"{wins.value:.0%} of comparisons, {wins.low:.0%} to {wins.high:.0%}"
+        yield f"  smaller models are better at equal cost with {sampler}: {verdict.value} ({share})"
+    yield f"  whatever the sampler: {found.whatever.value}"
+
+
+def as_json(found: Findings) -> dict[str, object]:
+    """The same for programs."""
+    by_sampler = {
+        sampler: {"verdict": finding.verdict.name.lower(), "wins": finding.wins[:3]}
+        for sampler, finding in found.by_sampler.items()
+    }
+    return {"smaller_is_better": by_sampler, "whatever_the_sampler": found.whatever.name.lower()}
+
+
+def figures(found: Findings) -> dict[str, plots.Figure]:
+    """The figures of one score by name."""
+    first = found.curves[0]
+    against = {what: efficiency_chart(found, first, what) for what in COSTS}
+    samplers = {curve.sampler: efficiency_chart(found, curve, "cost") for curve in found.curves}
+    return {
+        "efficiency": plots.charts(against, size=SMALL),
+        "guidance": plots.charts({"Best guidance": heat_map(first)}, size=(4.6, 3.2)),
+        "samplers": plots.charts(samplers, size=SMALL),
+    }
+
+
+def color(curve: Curve, model: int) -> tuple[float, ...]:
+    """Of a model: the larger the darker."""
+    return COLORS(0.08 + 0.84 * model / max(len(curve.models) - 1, 1))
+
+
+def sign(score: str) -> int:
+    """Of what is drawn: scores as they are, not as `Curve` has them."""
+    return -1 if score in LOWER_IS_BETTER else 1
+
+
+def efficiency_chart(found: Findings, curve: Curve, what: str) -> Paint:
+    """Score against one of `COSTS`, a line a model, and the frontier below them."""
+    x, way = getattr(curve, what), sign(found.score)
+    values, lows, highs = (way * column for column in np.array(curve.estimates())[:, :3].T)
+
+    def paint(axes: Axes) -> None:
+        best = frontier(x, curve.scores[0]) if np.isfinite(x).all() else []
+        axes.plot(x[best], values[best], color=plots.GREY, linewidth=5, alpha=0.35)
+        for model, name in enumerate(curve.models):
+            own = np.flatnonzero(curve.owners == model)
+            bars = np.abs(np.stack([lows[own], highs[own]]) - values[own])
+            axes.errorbar(
+                *(x[own], values[own], bars),
+                color=color(curve, model),
+                label=name,
+                marker="o",
+                markersize=3.5,
+                capsize=2,
+            )
+        axes.set_xscale("log")
+        axes.set_xlabel(COSTS[what])
+        axes.set_ylabel(found.score + (", lower is better" if way < 0 else ""))
+        axes.legend()
+
+    return paint
+
+
+def heat_map(curve: Curve) -> Paint:
+    """The best scale of guidance by model and steps, and the share of resamples that agree."""
+
+    def paint(axes: Axes) -> None:
+        scales = np.unique(curve.guidance)
+        table = np.full((len(curve.models), len(curve.steps)), np.nan)
+        for number, point in enumerate(curve.points):
+            row, column = point.model, curve.steps.index(point.steps)
+            best = curve.guidance[:, number]
+            table[row, column] = np.searchsorted(scales, best[0])
+            text = f"{best[0]:g}\n{np.mean(best[1:] == best[0]):.0%}"
+            axes.text(column, row, text, ha="center", va="center", fontsize=8)
+        axes.imshow(table, cmap="Blues", vmin=-0.5, vmax=1.6 * len(scales), aspect="auto")
+        axes.grid(visible=False)
+        axes.set_xticks(range(len(curve.steps)), map(str, curve.steps))
+        axes.set_yticks(range(len(curve.models)), curve.models)
+        axes.set_xlabel("steps")
+
+    return paint
+
+
+def page(records: Sequence[SamplingRecord], found: Sequence[Findings]) -> str:
+    """One self-contained page."""
+    first = records[0]
+    seeds, prompts = len({each.seed for each in records}), len(first.values[found[0].score])
+    summary = (
+        f"{len(records)} cells: {len(found[0].curves[0].models)} models, {prompts} prompts, {seeds} seeds; grid"
+        f" {first.grid}, commit {first.commit or 'unknown'}, on {first.chips}."
+    )
+    return pages.fill(
+        Path(__file__).with_name("page.html"),
+        summary=html.escape(summary),
+        sections="".join(itertools.chain.from_iterable(map(section, found))),
+    )
+
+
+def section(found: Findings) -> Iterator[str]:
+    """All that one score says."""
+    first = found.curves[0]
+    yield f"<section><h2>By {html.escape(found.score)}</h2>"
+    head = ("finding", "verdict", "comparisons that the smaller model wins")
+    rows = [
+        [
+            f"3: smaller is better at equal cost, {sampler}",
+            f"<b>{verdict.value}</b>",
+            pages.estimate(wins),
+        ]
+        for sampler, (verdict, wins) in found.by_sampler.items()
+    ]
+    yield pages.table(
+        head, [*rows, ["4: whatever the sampler", f"<b>{found.whatever.value}</b>", ""]]
+    )
+    yield "<h3>Who has the best score at each cost</h3>"
+    yield pages.table(("sampler", "model", "from", "to", "resamples that agree"), owned(found))
+    yield '<h3>Score against cost</h3><div class="charts">'
+    yield from (
+        pages.chart(f"{first.sampler}, {what}: {found.score}", efficiency_chart(found, first, what))
+        for what in COSTS
+    )
+    yield f'</div><h3>The best guidance, {first.sampler}</h3><div class="charts">'
+    yield pages.chart(f"best guidance by {found.score}", heat_map(first))
+    yield '</div><h3>Every sampler</h3><div class="charts">'
+    for curve in found.curves:
+        yield pages.chart(f"{curve.sampler}: {found.score}", efficiency_chart(found, curve, "cost"))
+    yield "</div><h3>Every point</h3>"
+    yield pages.table(("sampler", "model", "steps", "cost", "guidance", found.score), points(found))
+    yield "</section>"
+
+
+def owned(found: Findings) -> Iterator[list[str]]:
+    """The stretches of the frontier."""
+    for curve in found.curves:
+        for low, high, owner, share in stretches(curve.cost, curve.scores, curve.owners):
+            end = pages.number(high) if np.isfinite(high) else "the end"
+            yield [curve.sampler, curve.models[owner], pages.number(low), end, f"{share:.0%}"]
+
+
+def points(found: Findings) -> Iterator[list[str]]:
+    """Every point with its interval."""
+    for curve in found.curves:
+        for number, (model, steps) in enumerate(curve.points):
+            value, low, high, count = curve.estimates()[number]
+            shown = (value, low, high) if sign(found.score) > 0 else (-value, -high, -low)
+            yield [
+                curve.sampler,
+                curve.models[model],
+                str(steps),
+                pages.number(curve.cost[number]),
+                f"{curve.guidance[0, number]:g}",
+                pages.estimate(Estimate(*shown, count)),
+            ]

@@ -1,0 +1,202 @@
+"""Is a smaller model the better one at equal cost of sampling? Trains a family, samples it in a grid, and answers.
+
+    python experiments/sampling_efficiency/study.py --workdir=runs/efficiency
+    python experiments/sampling_efficiency/study.py --workdir=runs/overnight --scale=overnight
+    python experiments/sampling_efficiency/study.py --scale=paper --topology=v5e:16x16
+    python experiments/sampling_efficiency/study.py --draw=experiments/sampling_efficiency
+
+The first trains five models on scenes and samples them, in an hour on two cores; killed at any moment, the same command
+continues. The second takes the whole grid of section A.4 and longer training. The third says what the grid of "Bigger
+is not Always Better" (arXiv:2404.01367) comes to on a slice. `--draw` makes the figures and the page again from
+DIRECTORY/records.jsonl, next to it; the first two end with that.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from etils import epath
+
+from ldm_jax import study
+from ldm_jax.config import DataConfig, EvalConfig, RunConfig, SamplingConfig, TrainConfig
+from ldm_jax.data.captions import CaptionPolicy
+from ldm_jax.diffusion import Weyl
+from ldm_jax.flags import UsageError, any_path, run_command
+from ldm_jax.models.sizes import backbone
+from ldm_jax.models.unet_config import UNetConfig
+from ldm_jax.parallel import distributed
+from ldm_jax.training.optimizer import OptimizerConfig
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import figures
+
+NAME = "sampling_efficiency"
+# Channels of the first level by name, the width of a head beside them.
+FAMILY = {"78k": (8, 8), "284k": (16, 8), "617k": (24, 12), "1.1M": (32, 16), "2.4M": (48, 24)}
+PAPER = ("39m", "83m", "145m", "223m", "318m", "430m", "558m", "704m", "866m", "2b", "5b")
+RATES = (1.5, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0)  # A.4
+STEPS = (4, 6, 8, 10, 20, 50)  # A.4
+BATCH = 2048
+
+
+def scenes() -> study.SamplingStudy:
+    """The default: an hour on two cores."""
+    return of_scenes(
+        examples=48_000,
+        prompts=64,
+        steps=(4, 8, 16),
+        guidance=(1.0, 2.0, 4.0, 7.5),
+        seeds=(0, 1),
+        others=dict.fromkeys(("ddpm", "dpmpp", "euler_ancestral", "heun", "lcm"), (4, 8, 16)),
+    )
+
+
+def overnight() -> study.SamplingStudy:
+    """The whole grid of A.4 on scenes, four times the training, prompts and seeds."""
+    few = (4, 6, 8, 10, 20)
+    others = {"ddpm": STEPS, "dpmpp": few, "euler_ancestral": STEPS, "heun": few, "lcm": few}
+    return of_scenes(
+        examples=192_000,
+        prompts=256,
+        steps=STEPS,
+        guidance=RATES,
+        seeds=(0, 1, 2, 3),
+        others=others,
+    )
+
+
+def paper() -> study.SamplingStudy:
+    """A's own: its family, 30 000 captions of COCO, A.4's rates, A.5's costs up to 200, A.6's samplers."""
+    return study.SamplingStudy(
+        name=NAME,
+        models={name.upper(): of_paper(name) for name in PAPER},
+        baseline="866M",
+        sampler="ddim",
+        others={"ddpm": STEPS, "dpmpp": tuple(steps for steps in STEPS if steps <= 20)},
+        steps=(*STEPS, 100, 250, 500),
+        guidance=RATES,
+        seeds=(0,),
+        scores=("fid", "clip_score_x100"),
+        prompts=30_000,
+        cost=200,
+    )
+
+
+SCALES = {"scenes": scenes, "overnight": overnight, "paper": paper}
+
+
+def of_scenes(*, examples, prompts, steps, guidance, seeds, others) -> study.SamplingStudy:
+    """A study of the family on one object a scene, with the embedded models."""
+    scores = ("faithfulness", "clip_score", "kid_clip")
+    models = {
+        name: of_width(channels, head, examples, prompts, scores, steps[-1])
+        for name, (channels, head) in FAMILY.items()
+    }
+    return study.SamplingStudy(
+        name=NAME,
+        models=models,
+        baseline=next(reversed(FAMILY)),
+        sampler="ddim",
+        others=others,
+        steps=steps,
+        guidance=guidance,
+        seeds=seeds,
+        scores=scores,
+        prompts=prompts,
+    )
+
+
+def of_width(channels, head, examples, prompts, scores, steps) -> RunConfig:
+    """The demo's training of one size, evaluated on the study's own prompts."""
+    return RunConfig(
+        data=DataConfig(source="scenes:simple?count=20000", encode_batch=64),
+        captions=CaptionPolicy(dropout=0.1, alternatives=0.5),
+        backbone=UNetConfig(
+            channels=(channels, 2 * channels),
+            num_res_blocks=1,
+            transformer_depth=(1, 1),
+            head_width=head,
+            text_width=64,
+            num_groups=8,
+            sample_size=8,
+        ),
+        prediction="v",
+        draw=Weyl(),
+        optimizer=OptimizerConfig(
+            learning_rate=3e-3, warmup_examples=6_400, schedule="cosine", b2=0.99
+        ),
+        train=TrainConfig(
+            examples=examples, batch=64, ema=5_000.0, log_every=4_000, save_every=16_000
+        ),
+        sampling=SamplingConfig(steps=steps, guidance=4.0, batch=64),
+        eval=EvalConfig(
+            every=examples,
+            prompts=f"scenes:simple?count={prompts}",
+            reference="scenes:simple?count=1000&split=all&seed=2",
+            validation=0,
+            metrics=scores,
+        ),
+    )
+
+
+def of_paper(name: str) -> RunConfig:
+    """A.2's training of one size: 500K steps of 2048 at 1e-4, the rest as Stable Diffusion has it."""
+    return RunConfig(
+        data=DataConfig(size=512),
+        captions=CaptionPolicy(dropout=0.1),
+        text_precision="bfloat16",
+        backbone=backbone(f"unet-{name}"),
+        prediction="eps",
+        optimizer=OptimizerConfig(learning_rate=1e-4, warmup_examples=0),
+        train=TrainConfig(
+            examples=500_000 * BATCH, batch=BATCH, precision="bfloat16", ema=10_000.0 * BATCH
+        ),
+        eval=EvalConfig(prompts="coco:annotations/captions_val2014.json?count=30000"),
+    )
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags of this command."""
+    text = "directory of the study; it continues there"
+    parser.add_argument("--workdir", type=any_path, metavar="DIRECTORY", help=text)
+    text = "how large: scenes (default), overnight, paper (planned only)"
+    parser.add_argument("--scale", choices=tuple(SCALES), default="scenes", help=text)
+    text = "plan the scale for this slice instead of running it, such as v5e:16x16"
+    parser.add_argument("--topology", metavar="KIND:AxB", help=text)
+    text = "share of the chips' peak that a plan counts on (default 0.4)"
+    parser.add_argument("--mfu", type=float, default=0.4, metavar="SHARE", help=text)
+    text = "draw the figures of DIRECTORY/records.jsonl again"
+    parser.add_argument("--draw", type=any_path, metavar="DIRECTORY", help=text)
+    text = "of records of several commits, those of this one (default: the newest)"
+    parser.add_argument("--commit", metavar="COMMIT", help=text)
+    distributed.add_flags(parser)
+
+
+def main(flags: argparse.Namespace) -> None:
+    """Plans, runs, draws."""
+    chosen = [flag for flag in ("topology", "draw", "workdir") if getattr(flags, flag)]
+    if len(chosen) != 1:
+        raise UsageError("give one of --workdir=DIRECTORY, --topology=KIND:AxB, --draw=DIRECTORY")
+    if flags.topology:
+        print(*study.plan(SCALES[flags.scale](), flags.topology, flags.mfu), sep="\n")
+        return
+    with distributed.joined(flags):
+        if flags.workdir:
+            if flags.scale == "paper":
+                raise UsageError(
+                    "--scale=paper is planned, with --topology=KIND:AxB; its data is not public"
+                )
+            study.run(SCALES[flags.scale](), flags.workdir)
+        if distributed.is_first():
+            draw(flags.draw or flags.workdir, flags.commit)
+
+
+def draw(directory: epath.Path, commit: str | None) -> None:
+    """Writes the figures and the page, and says the verdicts."""
+    for line in figures.draw(directory, directory / study.LEDGER, commit):
+        print(line)
+
+
+if __name__ == "__main__":
+    run_command(main, description=__doc__, add_flags=add_flags, in_workdir=False)
