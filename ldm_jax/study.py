@@ -69,7 +69,7 @@ class SamplingStudy:
     seeds: tuple[int, ...]
     scores: tuple[str, ...]  # by the first the best scale is chosen
     prompts: int  # how many there are
-    cost: float = math.inf  # above which a model is not sampled: relative cost times evaluations
+    cost: int | float = math.inf  # above which a model is not sampled: relative cost times evaluations
 
     def __post_init__(self) -> None:
         check_name(self.baseline, self.models, "the study's baseline")
@@ -129,7 +129,7 @@ def forward(config: RunConfig) -> Count:
     return count(config.backbone, made.side, made.pretrained.text.tokenizers[0].max_length)
 
 
-def ways(study: SamplingStudy, config: RunConfig, counted: Count, unit: float) -> Iterator[Way]:
+def ways(study: SamplingStudy, config: RunConfig, counted: Count, unit: int) -> Iterator[Way]:
     """How a model is sampled, as far as its cost may go; `unit` is what costs 1."""
     named, once = {study.sampler: study.steps, **study.others}, counted.total.flops
     for steps, name in itertools.product(study.steps, named):
@@ -139,15 +139,16 @@ def ways(study: SamplingStudy, config: RunConfig, counted: Count, unit: float) -
         cost = int(diffusion.calls(sampling.sampler, grid).sum()) * once / unit
         if steps in named[name] and cost <= study.cost:
             both = build.evaluations(dataclasses.replace(config, sampling=sampling))
-            yield Way(name, sampling, cost, both * once)
+            yield Way(name, sampling, cost, float(both * once))
 
 
-def run(study: SamplingStudy, workdir: epath.Path) -> list[SamplingRecord]:
+def run(study: SamplingStudy, workdir: epath.PathLike) -> list[SamplingRecord]:
     """Trains and samples what is not there yet; the records of the grid.
 
     Of several processes, joined before, all call it, and the first one has the records. Their latents are to be made
     before, in WORKDIR/latents. Raises ValueError where the directory of a model holds another run.
     """
+    workdir = epath.Path(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
     with alone_in(workdir) if distributed.is_first() else contextlib.nullcontext():
         train.keep_programs(workdir)
@@ -188,11 +189,11 @@ def trained(model: Model, directory: epath.Path) -> None:
 class Ledger:
     """The records of one grid by one commit; the first process has them and writes them."""
 
-    def __init__(self, study: SamplingStudy, path: epath.Path) -> None:
+    def __init__(self, study: SamplingStudy, path: epath.PathLike) -> None:
         """Reads what is there, and says what of it is of another grid or commit."""
         self.own = {"study": study.name, "grid": study.digest, "commit": commit()}
-        self._path, self._found = path, {}
-        if distributed.is_first() and path.exists():
+        self._path, self._found = epath.Path(path), {}
+        if distributed.is_first() and self._path.exists():
             records = read_records(SamplingRecord, path)
             own = [r for r in records if [r.study, r.grid, r.commit] == [*self.own.values()]]
             self._found = {_place(record): record for record in own}

@@ -40,11 +40,12 @@ class Findings(NamedTuple):
     whatever: Verdict
 
 
-def draw(directory: epath.Path, ledger: epath.Path, commit: str | None) -> Iterator[str]:
+def draw(directory: epath.PathLike, ledger: epath.PathLike, commit: str | None) -> Iterator[str]:
     """Writes everything into `directory`; what people want to know of it, line by line.
 
     Raises ValueError where there is no record, or none of the commit.
     """
+    directory = epath.Path(directory)
     groups = efficiency.groups(read_records(SamplingRecord, ledger))
     records = chosen(groups, commit)
     yield f"{len(records)} cells of grid {records[0].grid} by commit {records[0].commit or 'unknown'}"

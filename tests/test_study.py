@@ -1,0 +1,290 @@
+"""A study makes every cell of its grid once, keeps other grids apart, and its plan counts what it will run."""
+
+import dataclasses
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import runs
+
+from ldm_jax import diffusion, study
+from ldm_jax.flags import UsageError, parse
+from ldm_jax.scaling.records import SamplingRecord, append_record, read_records
+from ldm_jax.types import Estimate
+
+FOLDER = Path(__file__).parent.parent / "experiments" / "sampling_efficiency"
+
+
+def load(name):
+    """A module of the experiment."""
+    sys.path.insert(0, str(FOLDER))
+    try:
+        spec = importlib.util.spec_from_file_location(f"efficiency_{name}", FOLDER / f"{name}.py")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+    finally:
+        sys.path.remove(str(FOLDER))
+
+
+SCORES = ("faithfulness", "clip_score", "kid_clip")
+RUN = dataclasses.replace(
+    runs.TINY,
+    eval=dataclasses.replace(
+        runs.TINY.eval,
+        every=64,
+        reference="scenes:simple?count=40&seed=2",
+        metrics=SCORES,
+        validation=0,
+    ),
+)
+LARGER = dataclasses.replace(
+    RUN, backbone=dataclasses.replace(RUN.backbone, channels=(32,), head_width=32)
+)
+GRID = study.SamplingStudy(
+    name="tiny",
+    models={"small": RUN, "large": LARGER},
+    baseline="large",
+    sampler="ddim",
+    others={"heun": (3,), "ddpm": (2, 3)},
+    steps=(2, 3),
+    guidance=(1.0, 3.0),
+    seeds=(0, 1),
+    scores=SCORES,
+    prompts=8,
+)
+
+
+def cells_of(model):
+    """ddim at two numbers of steps and two scales, heun at one, ddpm at two; two seeds each."""
+    return 2 * (2 * 2 + 1 + 2)
+
+
+def test_cost_is_relative_passes_and_flops_count_both_branches():
+    small, large = study.models(GRID)
+    forward = large.count.total.flops
+    by_way = {(way.sampler, way.sampling.steps): way for way in large.ways}
+    assert set(by_way) == {("ddim", 2), ("ddim", 3), ("heun", 3), ("ddpm", 2), ("ddpm", 3)}
+    assert by_way["ddim", 3].cost == 3
+    assert by_way["heun", 3].cost == 5  # its last step is one of Euler's
+    assert by_way["ddim", 3].flops == 2 * 3 * forward
+    ratio = small.count.total.flops / forward
+    assert [way.cost for way in small.ways] == [way.cost * ratio for way in large.ways]
+
+
+def test_interval_of_guidance_saves_flops_and_no_cost():
+    def limited(config):
+        sampling = dataclasses.replace(config.sampling, guidance_interval=(0.0, 0.9))
+        return dataclasses.replace(config, sampling=sampling)
+
+    models = {name: limited(config) for name, config in GRID.models.items()}
+    whole, part = (
+        study.models(dataclasses.replace(GRID, models=m))[1] for m in (GRID.models, models)
+    )
+    for one, other in zip(whole.ways, part.ways, strict=True):
+        assert one.cost == other.cost
+        assert one.flops > other.flops > one.flops / 2
+
+
+def test_costs_above_the_limit_are_not_sampled():
+    small, large = study.models(dataclasses.replace(GRID, cost=2.5))
+    assert {(way.sampler, way.sampling.steps) for way in large.ways} == {("ddim", 2), ("ddpm", 2)}
+    assert len(small.ways) == 5
+
+
+def test_plan_counts_every_image_and_every_training_example():
+    found = {need.what: need for need in study.needs(GRID)}
+    _, large = study.models(GRID)
+    assert found["train small"].images == 64
+    assert found["train large"].flops == 64 * large.count.training_flops
+    assert found["sample large"].images == 8 * cells_of("large")
+    once = large.count.total.flops
+    assert found["sample large"].flops == 8 * 2 * 2 * once * (2 * (2 + 3) + 5 + 2 + 3)
+
+
+def test_plan_is_flops_by_the_slice():
+    *_, train, sample = study.plan(GRID, "v5e:4x4", 0.5)
+    needs = [need for need in study.needs(GRID) if need.what.startswith("train")]
+    flops = sum(need.flops for need in needs)
+    assert train.split()[:3] == ["train", "all", "128"]
+    hours = float(train.split()[-1])
+    np.testing.assert_allclose(hours, flops / (197e12 * 0.5) / 3600, atol=0.05)
+    assert sample.startswith("sample all")
+
+
+@pytest.mark.parametrize(
+    ("fields", "sentence"),
+    [
+        ({"baseline": "huge"}, "baseline is 'huge'; allowed are small, large"),
+        ({"sampler": "ddmi"}, "a sampler of the study is 'ddmi'"),
+        ({"scores": ("fidd",)}, "a score of the study is 'fidd'"),
+        ({"seeds": ()}, "seeds of the study is empty"),
+        (
+            {"others": {"heun": (2, 50)}},
+            "heun is to take 50 steps, at which ddim has no best guidance",
+        ),
+    ],
+)
+def test_grid_that_cannot_be_is_refused(fields, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        dataclasses.replace(GRID, **fields)
+
+
+def test_zero_steps_and_a_sampler_that_the_schedule_cannot_serve_are_refused_before_anything_runs():
+    with pytest.raises(ValueError, match="steps is 0"):
+        study.models(dataclasses.replace(GRID, steps=(0, 2), others={}))
+    flow = {
+        name: dataclasses.replace(config, schedule=diffusion.RectifiedFlow(), prediction="velocity")
+        for name, config in GRID.models.items()
+    }
+    sampling = dataclasses.replace(RUN.sampling, spacing=diffusion.Even())
+    flow = {n: dataclasses.replace(c, sampling=sampling) for n, c in flow.items()}
+    with pytest.raises(ValueError, match="lcm"):
+        study.models(dataclasses.replace(GRID, models=flow, others={"lcm": (2,)}))
+
+
+@pytest.mark.parametrize(("topology", "mfu"), [("v5e", 0.4), ("v9:2x2", 0.4), ("v5e:2x2", 0.0)])
+def test_plan_for_no_slice_and_no_use_is_refused(topology, mfu):
+    with pytest.raises(ValueError, match=r"no slice is called|a share of their peak"):
+        list(study.plan(GRID, topology, mfu))
+
+
+def test_digest_goes_by_everything_that_decides_a_cell():
+    trained_longer = dataclasses.replace(RUN, train=dataclasses.replace(RUN.train, examples=128))
+    others = [
+        dataclasses.replace(GRID, steps=(2, 3, 4)),
+        dataclasses.replace(GRID, scores=SCORES[:2]),
+        dataclasses.replace(GRID, models={**GRID.models, "small": trained_longer}),
+    ]
+    assert len({GRID.digest, *(other.digest for other in others)}) == 4
+    assert dataclasses.replace(GRID).digest == GRID.digest
+
+
+def record(**fields):
+    return SamplingRecord(
+        **{
+            **{
+                "study": "tiny",
+                "grid": GRID.digest,
+                "commit": "c",
+                "chips": "cpu x 1",
+                "model": "small",
+            },
+            **{
+                "params": 1,
+                "examples": 64,
+                "sampler": "ddim",
+                "steps": 2,
+                "guidance": 1.0,
+                "seed": 0,
+            },
+            **{
+                "cost": 1.0,
+                "flops": 1.0,
+                "seconds": None,
+                "scores": {"s": Estimate(1.0, 0.0, 2.0, 1)},
+            },
+            **{"values": {"s": [1.0]}, **fields},
+        }
+    )
+
+
+def test_records_of_another_grid_or_commit_are_kept_apart_and_said(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(study, "commit", lambda: "c")
+    path = tmp_path / "records.jsonl"
+    for one in (record(), record(grid="other"), record(commit="d")):
+        append_record(path, one)
+    ledger = study.Ledger(GRID, path)
+    assert ledger.records == [record()]
+    assert "2 records of another grid or commit, kept apart" in caplog.text
+
+
+def test_paper_scale_is_the_papers_own_grid():
+    paper = load("study").paper()
+    counted = {model.name: model for model in study.models(paper)}
+    assert len(counted) == 11
+    costs = {name: model.ways[0].cost / 4 for name, model in counted.items()}
+    printed = {"83M": 0.13, "145M": 0.20, "430M": 0.53, "866M": 1.00, "2B": 2.39, "5B": 5.17}
+    for name, cost in printed.items():
+        np.testing.assert_allclose(costs[name], cost, rtol=0.05)
+    for model in counted.values():
+        assert max(way.cost for way in model.ways) <= 200
+    small = {(way.sampler, way.sampling.steps) for way in counted["39M"].ways}
+    assert {("ddim", 500), ("ddpm", 50), ("dpmpp", 20)} <= small
+    assert ("dpmpp", 50) not in small
+    assert ("ddim", 250) not in {(w.sampler, w.sampling.steps) for w in counted["866M"].ways}
+
+
+def test_scenes_scale_spans_thirty_times_in_parameters():
+    params = [model.count.total.params for model in study.models(load("study").scenes())]
+    assert len(params) >= 5
+    assert max(params) >= 30 * min(params)
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        ([], "give one of --workdir"),
+        (["--workdir=x", "--draw=y"], "give one of --workdir"),
+        (["--workdir=x", "--scale=paper"], "--scale=paper is planned"),
+    ],
+)
+def test_command_says_what_is_missing(words, sentence, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    command = load("study")
+    flags = parse(words, add_flags=command.add_flags, in_workdir=False)
+    with pytest.raises(UsageError, match=sentence):
+        command.main(flags)
+
+
+class Killed(Exception):
+    """Stands for kill -9 between two lines."""
+
+
+@pytest.mark.slow
+def test_study_killed_in_the_middle_continues_and_ends_as_if_undisturbed(tmp_path, monkeypatch):
+    add, begun = study.Ledger.add, []
+
+    def kill_after(count):
+        def added(self, found):
+            add(self, found)
+            begun.append(found)
+            if len(begun) == count:
+                raise Killed
+
+        return added
+
+    monkeypatch.setattr(study.Ledger, "add", kill_after(5))
+    with pytest.raises(Killed):
+        study.run(GRID, tmp_path / "killed")
+    found = study.run(GRID, tmp_path / "killed")
+    whole = study.run(GRID, tmp_path / "whole")
+    assert len(found) == len(whole) == cells_of("small") + cells_of("large")
+    assert len(begun) == 2 * len(whole)  # each cell was drawn once in either directory
+    for one, other in zip(found, whole, strict=True):
+        timeless = dataclasses.replace(one, seconds=None)
+        assert timeless == dataclasses.replace(other, seconds=None)
+    rates = {(r.model, r.steps, r.guidance) for r in whole if r.sampler != "ddim"}
+    assert len(rates) == 4  # one scale for a model and its steps
+    for each in whole:
+        for name in SCORES:
+            np.testing.assert_allclose(
+                np.nanmean(each.values[name]), each.scores[name].value, atol=1e-4
+            )
+    redrawn(tmp_path / "whole")
+
+
+def redrawn(directory):
+    """The figures, from the records alone."""
+    lines = list(load("figures").draw(directory, directory / study.LEDGER, None))
+    assert any("whatever the sampler" in line for line in lines)
+    for score in SCORES:
+        for name in ("efficiency", "guidance", "samplers"):
+            for kind in ("png", "svg"):
+                assert (directory / f"{name}-{score}.{kind}").stat().st_size > 1000
+    assert set(json.loads((directory / "verdicts.json").read_text())) == set(SCORES)
+    assert "By faithfulness" in (directory / "page.html").read_text()
+    assert len(read_records(SamplingRecord, directory / study.LEDGER)) == 28
