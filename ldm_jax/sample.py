@@ -22,13 +22,13 @@ from tqdm import tqdm
 from ldm_jax import build
 from ldm_jax.config import RunConfig
 from ldm_jax.evals.generation import Generate
-from ldm_jax.evals.image_grids import save_grid, save_png, to_uint8
+from ldm_jax.evals.image_grids import save_grid, save_png
 from ldm_jax.evals.prompts import read_lines
 from ldm_jax.flags import any_path, run_command
 from ldm_jax.models.text import Text
 from ldm_jax.parallel import jit, make_mesh, put_same, replicated
 from ldm_jax.pretrained import Pretrained, load_pretrained
-from ldm_jax.types import Images, Params
+from ldm_jax.types import Params, Pixels
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -86,8 +86,8 @@ def draw(
     prompts: list[str],
     seeds: int,
     mesh: jax.sharding.Mesh,
-) -> Images:
-    """Images [prompts x seeds, rows, columns, 3] in [-1, 1], the seeds of a prompt side by side."""
+) -> Pixels:
+    """Images, uint8 [prompts x seeds, rows, columns, 3], the seeds of a prompt side by side."""
     tokens = np.repeat(pretrained.text(prompts), seeds, axis=0)
     negative, key = pretrained.text([config.sampling.negative]), build.key(config, "sample")
     number, seed = np.divmod(np.arange(len(tokens), dtype=np.uint32), np.uint32(seeds))
@@ -95,7 +95,7 @@ def draw(
     @functools.partial(jit, mesh=mesh, out_shardings=replicated(mesh))
     def program(
         params: Params, frozen: Params, rows: dict[str, jax.Array], scale: jax.Array
-    ) -> Images:
+    ) -> Pixels:
         fold = jax.vmap(lambda n, s: jax.random.fold_in(jax.random.fold_in(key, n), s))
         keys = fold(rows["number"], rows["seed"])
         return generate(params, frozen, rows["tokens"], negative, keys, scale)
@@ -116,7 +116,7 @@ def draw(
     return np.concatenate(images)[: len(tokens)]
 
 
-def write(directory: epath.PathLike, images: Images, prompts: list[str], seeds: int) -> None:
+def write(directory: epath.PathLike, images: Pixels, prompts: list[str], seeds: int) -> None:
     """PNGs `PROMPT-SEED.png`, a grid with a row a prompt (or a square one), and which prompt is which.
 
     Those of an earlier call into the same directory, which its images.json tells, go; nobody else's do.
@@ -127,7 +127,7 @@ def write(directory: epath.PathLike, images: Images, prompts: list[str], seeds: 
         for old in list(directory.iterdir()):
             if fnmatch.fnmatch(old.name, f"{'[0-9]' * 5}-[0-9][0-9].png"):
                 old.unlink()
-    for number, pixels in enumerate(to_uint8(images)):
+    for number, pixels in enumerate(images):
         prompt, seed = divmod(number, seeds)
         save_png(directory / f"{prompt:05d}-{seed:02d}.png", pixels)
     columns = seeds if seeds > 1 else int(np.ceil(np.sqrt(len(images))))

@@ -362,10 +362,10 @@ def test_images_of_an_earlier_call_go_and_nobody_elses(tmp_path):
     others = ["00007-00.png", "2026-01.png"]
     for name in others:
         (tmp_path / name).touch()
-    sample.write(tmp_path, np.zeros((1, 8, 8, 3), np.float32), ["x"], seeds=1)
+    sample.write(tmp_path, np.zeros((1, 8, 8, 3), np.uint8), ["x"], seeds=1)
     assert all((tmp_path / name).exists() for name in others)
     (tmp_path / others[0]).unlink()
     for prompts in (["a", "b"], ["c"]):
-        sample.write(tmp_path, np.zeros((len(prompts), 8, 8, 3), np.float32), prompts, seeds=1)
+        sample.write(tmp_path, np.zeros((len(prompts), 8, 8, 3), np.uint8), prompts, seeds=1)
     names = sorted(path.name for path in tmp_path.iterdir())
     assert names == ["00000-00.png", "2026-01.png", "grid.png", "images.json"]
