@@ -55,6 +55,7 @@ from ldm_jax.flags import UsageError, run_command
 from ldm_jax.metrics.paired import Paired
 from ldm_jax.metrics.resize import to_pixels
 from ldm_jax.models import weights
+from ldm_jax.models.text import warn_of_truncation
 from ldm_jax.parallel import distributed, make_mesh
 from ldm_jax.pretrained import Pretrained, load_pretrained, load_scoring
 from ldm_jax.scoring import Scoring, identity, make_reference, make_scoring
@@ -153,6 +154,7 @@ def of_model(
     network = build.make_backbone(config, pretrained)
     examples, params = build.load_weights(config, workdir, network, pretrained, mesh)
     prompts = build.make_prompts(config, workdir)
+    warn_of_truncation([*prompts.texts, config.sampling.negative], pretrained.text)
     networks, frozen = pretrained.scoring, pretrained.params
     reference = make_reference(config, workdir, networks, mesh)
     tokenizer = pretrained.clip_tokenizer

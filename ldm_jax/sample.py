@@ -11,7 +11,6 @@ import argparse
 import fnmatch
 import functools
 import json
-import logging
 from pathlib import Path
 
 import jax
@@ -25,7 +24,7 @@ from ldm_jax.evals.generation import Generate
 from ldm_jax.evals.image_grids import save_grid, save_png
 from ldm_jax.evals.prompts import read_lines
 from ldm_jax.flags import any_path, run_command
-from ldm_jax.models.text import Text
+from ldm_jax.models.text import warn_of_truncation
 from ldm_jax.parallel import jit, make_mesh, put_same, replicated
 from ldm_jax.pretrained import Pretrained, load_pretrained
 from ldm_jax.types import Params, Pixels
@@ -51,7 +50,7 @@ def main(flags: argparse.Namespace) -> None:
     pretrained = load_pretrained(config, mesh)
     network = build.make_backbone(config, pretrained)
     _, params = build.load_weights(config, flags.workdir, network, pretrained, mesh)
-    warn_of_truncation(prompts, pretrained.text)
+    warn_of_truncation([*prompts, config.sampling.negative], pretrained.text)
     generate = build.make_sampling(config, network, pretrained)
     images = draw(config, generate, params, pretrained, prompts, flags.seeds, mesh)
     directory = flags.output or flags.workdir / "images"
@@ -69,13 +68,6 @@ def read(flags: argparse.Namespace) -> list[str]:
     if flags.seeds < 1:
         raise ValueError(f"--seeds is {flags.seeds}; at least 1 image a prompt is drawn")
     return prompts
-
-
-def warn_of_truncation(prompts: list[str], text: Text) -> None:
-    """Says what of a prompt the text encoder does not see."""
-    for prompt in prompts:
-        if cut := text.truncated(prompt):
-            logging.warning("The text encoder does not see the end of a prompt: %r", cut)
 
 
 def draw(

@@ -33,6 +33,7 @@ from ldm_jax.evals.prompts import Prompts
 from ldm_jax.flags import run_command
 from ldm_jax.metrics.resize import to_images
 from ldm_jax.models.flops import count
+from ldm_jax.models.text import warn_of_truncation
 from ldm_jax.nn.functional import Functional
 from ldm_jax.parallel import distributed, make_mesh
 from ldm_jax.pretrained import Pretrained, load_pretrained
@@ -134,6 +135,7 @@ def make_evaluated(
 ) -> Evaluated:
     """What the config describes of it."""
     prompts = build.make_prompts(config, workdir)
+    warn_of_truncation([*prompts.texts, config.sampling.negative], pretrained.text)
     networks, tokenizer = pretrained.scoring, pretrained.clip_tokenizer
     reference = make_reference(config, workdir, networks, mesh)
     scoring = make_scoring(config, prompts, networks, tokenizer, mesh, reference=reference)

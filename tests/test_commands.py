@@ -89,6 +89,24 @@ def test_samples_are_a_function_of_prompt_number_and_seed(run, tmp_path):
     ]
 
 
+def test_what_of_prompts_no_encoder_sees_is_shown_by_all_that_draw(run, tmp_path, caplog):
+    (tmp_path / "prompts").write_text("".join(f"{'a ring ' * 60} {n}\n" for n in range(8)))
+    words = [f"--workdir={run}", f"--config.eval.prompts=file:{tmp_path / 'prompts'}"]
+    flags = parse(words, train.RunConfig, add_flags=evaluate.add_flags)
+    mesh, more = make_mesh(flags.config.mesh), [f"--prompts={tmp_path / 'prompts'}"]
+    pretrained = load_pretrained(flags.config, mesh)
+    network = build.make_backbone(flags.config, pretrained)
+    for command in (
+        lambda: runs.run(sample, run, *more, add_flags=sample.add_flags),
+        lambda: evaluate.of_model(flags.config, flags.workdir, flags, mesh),
+        lambda: train.make_evaluated(flags.config, flags.workdir, network, pretrained, mesh),
+    ):
+        caplog.clear()
+        command()
+        shown = [text for text in caplog.messages if "see the end of" in text]
+        assert len(shown) == 6 and "ring  4'" in shown[4] and "3 prompts more" in shown[5]
+
+
 def test_images_decoded_in_tiles_are_almost_those_decoded_whole(run, tmp_path):
     """But for what the autoencoder's attention sees of the whole image."""
     for tile in (0, 6):
