@@ -8,9 +8,11 @@ a function of its prompt's number and its seed alone.
 """
 
 import argparse
+import contextlib
 import fnmatch
 import functools
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -20,6 +22,7 @@ from tqdm import tqdm
 
 from ldm_jax import build
 from ldm_jax.config import RunConfig
+from ldm_jax.diffusion import Progress
 from ldm_jax.evals.generation import Generate
 from ldm_jax.evals.image_grids import save_grid, save_png
 from ldm_jax.evals.prompts import read_lines
@@ -40,6 +43,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seeds", type=int, default=1, metavar="N", help=text)
     text = "directory of the images (default WORKDIR/images)"
     parser.add_argument("--output", type=any_path, metavar="DIRECTORY", help=text)
+    text = "show every step of a batch, which asks the devices to tell the host of it"
+    parser.add_argument("--progress", action="store_true", help=text)
 
 
 def main(flags: argparse.Namespace) -> None:
@@ -51,8 +56,9 @@ def main(flags: argparse.Namespace) -> None:
     network = build.make_backbone(config, pretrained)
     _, params = build.load_weights(config, flags.workdir, network, pretrained, mesh)
     warn_of_truncation([*prompts, config.sampling.negative], pretrained.text)
-    generate = build.make_sampling(config, network, pretrained)
-    images = draw(config, generate, params, pretrained, prompts, flags.seeds, mesh)
+    with steps_shown(config, len(prompts) * flags.seeds, flags.progress) as progress:
+        generate = build.make_sampling(config, network, pretrained, progress=progress)
+        images = draw(config, generate, params, pretrained, prompts, flags.seeds, mesh)
     directory = flags.output or flags.workdir / "images"
     write(directory, images, prompts, flags.seeds)
     print(f"{len(images)} images in {directory}, side by side in {directory / 'grid.png'}")
@@ -68,6 +74,18 @@ def read(flags: argparse.Namespace) -> list[str]:
     if flags.seeds < 1:
         raise ValueError(f"--seeds is {flags.seeds}; at least 1 image a prompt is drawn")
     return prompts
+
+
+@contextlib.contextmanager
+def steps_shown(config: RunConfig, images: int, wanted: bool) -> Iterator[Progress | None]:
+    """Gives what is to be told of every step, and shows them all; None where that is not wanted."""
+    if not wanted:
+        yield None
+        return
+    steps = -(-images // config.sampling.batch) * config.sampling.steps
+    with tqdm(total=steps, unit=" steps") as bar:
+        yield lambda step: bar.update()
+        jax.effects_barrier()
 
 
 def draw(

@@ -89,6 +89,13 @@ def test_samples_are_a_function_of_prompt_number_and_seed(run, tmp_path):
     ]
 
 
+def test_every_step_is_shown_on_request(run, tmp_path, capsys):
+    words = ["--prompt=x", "--seeds=9", "--config.sampling.steps=3", f"--output={tmp_path}"]
+    for more in ([], ["--progress"]):
+        runs.run(sample, run, *words, *more, add_flags=sample.add_flags)
+        assert ("6/6" in capsys.readouterr().err) == bool(more)  # of 2 batches
+
+
 def test_what_of_prompts_no_encoder_sees_is_shown_by_all_that_draw(run, tmp_path, caplog):
     (tmp_path / "prompts").write_text("".join(f"{'a ring ' * 60} {n}\n" for n in range(8)))
     words = [f"--workdir={run}", f"--config.eval.prompts=file:{tmp_path / 'prompts'}"]

@@ -9,6 +9,7 @@ from ldm_jax.diffusion import (
     EVERYWHERE,
     Interval,
     Prediction,
+    Progress,
     Sampler,
     denoiser,
     initial_noise,
@@ -34,6 +35,7 @@ def make_generate(
     rescale: float = 0.0,
     interval: Interval = EVERYWHERE,
     finish: Callable[[Images], Any] = to_pixels,
+    progress: Progress | None = None,
 ) -> Generate:
     """Makes `generate(params, frozen, tokens [B, L], negative, keys [B], guidance) -> uint8 [B, rows, columns, 3]`.
 
@@ -44,6 +46,7 @@ def make_generate(
       shape: [H, W, C] of the latents.
       rescale, interval: how guidance is tempered and where there is any, as `denoiser` has it.
       finish: what becomes of the images, about [-1, 1]; `metrics.resize.rounded` gives the same 256 values as floats.
+      progress: told on the host of every step that begins, as `sample` has it.
 
     `negative`, [1, L] or [B, L], is what guidance leads away from: the empty prompt, or others.
     It is pure and is to be jitted: another guidance scale, prompt or key compiles nothing anew. An image depends on its
@@ -68,7 +71,7 @@ def make_generate(
             rescale=rescale,
             interval=interval,
         )
-        latents = sample(denoise, initial_noise(keys, shape), grid, keys, sampler)
+        latents = sample(denoise, initial_noise(keys, shape), grid, keys, sampler, progress)
         return finish(decode(frozen, latents))
 
     return generate
