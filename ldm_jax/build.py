@@ -20,6 +20,7 @@ from ldm_jax.data.loader import Loader, fixed_batch
 from ldm_jax.evals.evaluator import Evaluator, Viewer, proceed
 from ldm_jax.evals.generation import Generate, make_generate
 from ldm_jax.evals.prompts import Prompts, read_prompts
+from ldm_jax.metrics.resize import rounded
 from ldm_jax.models import weights
 from ldm_jax.models.axes import TABLE
 from ldm_jax.models.networks import make_network
@@ -249,8 +250,10 @@ def make_validation(
     return validate
 
 
-def make_sampling(config: RunConfig, network: Functional, pretrained: Pretrained) -> Generate:
-    """The program from prompts to images that `config.sampling` describes.
+def make_sampling(
+    config: RunConfig, network: Functional, pretrained: Pretrained, **options: Any
+) -> Generate:
+    """The program from prompts to images that `config.sampling` describes; `options` as `make_generate` has them.
 
     Raises:
       ValueError: the prediction does not determine the image where the sampler starts, or the
@@ -276,6 +279,7 @@ def make_sampling(config: RunConfig, network: Functional, pretrained: Pretrained
         shape=(side, side, pretrained.autoencoder.config.latent_channels),
         rescale=sampling.guidance_rescale,
         interval=sampling.guidance_interval,
+        **options,
     )
 
 
@@ -301,7 +305,7 @@ def make_evaluator(
 ) -> Evaluator:
     """What draws one image a prompt, and looks at it."""
     return Evaluator(
-        make_sampling(config, network, pretrained),
+        make_sampling(config, network, pretrained, finish=rounded),
         viewer,
         tokens=pretrained.text(list(prompts.texts)),
         negative=pretrained.text([config.sampling.negative]),

@@ -25,6 +25,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
@@ -52,12 +53,14 @@ from ldm_jax.evals.session import (
 )
 from ldm_jax.flags import UsageError, run_command
 from ldm_jax.metrics.paired import Paired
+from ldm_jax.metrics.resize import to_pixels
 from ldm_jax.models import weights
+from ldm_jax.models.text import warn_of_truncation
 from ldm_jax.nn.functional import Functional
 from ldm_jax.parallel import distributed, make_mesh
 from ldm_jax.pretrained import Pretrained, load_pretrained, load_scoring
 from ldm_jax.scoring import Scoring, identity, make_reference, make_scoring
-from ldm_jax.types import Images, Params
+from ldm_jax.types import Params, Pixels
 
 PAGE = "evaluation.html"
 
@@ -199,6 +202,7 @@ def open_model(config: RunConfig, workdir: epath.Path, mesh: Mesh) -> Opened:
     network = build.make_backbone(config, pretrained)
     examples, params = build.load_weights(config, workdir, network, pretrained, mesh)
     prompts = build.make_prompts(config, workdir)
+    warn_of_truncation([*prompts.texts, config.sampling.negative], pretrained.text)
     networks, tokenizer = pretrained.scoring, pretrained.clip_tokenizer
     reference = make_reference(config, workdir, networks, mesh)
     scoring = make_scoring(config, prompts, networks, tokenizer, mesh, reference=reference)
@@ -242,8 +246,8 @@ def of_images(
         for first, features in scoring.viewer.parts(frozen, images, start):
             yield first, Part(features)
 
-    def some(numbers: Sequence[int]) -> Images:
-        return exact_images(config, source).rows(numbers)
+    def some(numbers: Sequence[int]) -> Pixels:
+        return np.asarray(to_pixels(exact_images(config, source).rows(numbers)))
 
     work = Work("images", facts | {"sampling": {}, "noise": []}, parts, some)
     return session_of(config, workdir, scoring, {}, flags, reference), [work]

@@ -8,10 +8,11 @@ a function of its prompt's number and its seed alone.
 """
 
 import argparse
+import contextlib
 import fnmatch
 import functools
 import json
-import logging
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -21,14 +22,15 @@ from tqdm import tqdm
 
 from ldm_jax import build
 from ldm_jax.config import RunConfig
+from ldm_jax.diffusion import Progress
 from ldm_jax.evals.generation import Generate
-from ldm_jax.evals.image_grids import save_grid, save_png, to_uint8
+from ldm_jax.evals.image_grids import save_grid, save_png
 from ldm_jax.evals.prompts import read_lines
 from ldm_jax.flags import any_path, run_command
-from ldm_jax.models.text import Text
+from ldm_jax.models.text import warn_of_truncation
 from ldm_jax.parallel import jit, make_mesh, put_same, replicated
 from ldm_jax.pretrained import Pretrained, load_pretrained
-from ldm_jax.types import Images, Params
+from ldm_jax.types import Params, Pixels
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -41,6 +43,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seeds", type=int, default=1, metavar="N", help=text)
     text = "directory of the images (default WORKDIR/images)"
     parser.add_argument("--output", type=any_path, metavar="DIRECTORY", help=text)
+    text = "show every step of a batch, which asks the devices to tell the host of it"
+    parser.add_argument("--progress", action="store_true", help=text)
 
 
 def main(flags: argparse.Namespace) -> None:
@@ -51,9 +55,10 @@ def main(flags: argparse.Namespace) -> None:
     pretrained = load_pretrained(config, mesh)
     network = build.make_backbone(config, pretrained)
     _, params = build.load_weights(config, flags.workdir, network, pretrained, mesh)
-    warn_of_truncation(prompts, pretrained.text)
-    generate = build.make_sampling(config, network, pretrained)
-    images = draw(config, generate, params, pretrained, prompts, flags.seeds, mesh)
+    warn_of_truncation([*prompts, config.sampling.negative], pretrained.text)
+    with steps_shown(config, len(prompts) * flags.seeds, flags.progress) as progress:
+        generate = build.make_sampling(config, network, pretrained, progress=progress)
+        images = draw(config, generate, params, pretrained, prompts, flags.seeds, mesh)
     directory = flags.output or flags.workdir / "images"
     write(directory, images, prompts, flags.seeds)
     print(f"{len(images)} images in {directory}, side by side in {directory / 'grid.png'}")
@@ -71,11 +76,16 @@ def read(flags: argparse.Namespace) -> list[str]:
     return prompts
 
 
-def warn_of_truncation(prompts: list[str], text: Text) -> None:
-    """Says what of a prompt the text encoder does not see."""
-    for prompt in prompts:
-        if cut := text.truncated(prompt):
-            logging.warning("The text encoder does not see the end of a prompt: %r", cut)
+@contextlib.contextmanager
+def steps_shown(config: RunConfig, images: int, wanted: bool) -> Iterator[Progress | None]:
+    """Gives what is to be told of every step, and shows them all; None where that is not wanted."""
+    if not wanted:
+        yield None
+        return
+    steps = -(-images // config.sampling.batch) * config.sampling.steps
+    with tqdm(total=steps, unit=" steps") as bar:
+        yield lambda step: bar.update()
+        jax.effects_barrier()
 
 
 def draw(
@@ -86,8 +96,8 @@ def draw(
     prompts: list[str],
     seeds: int,
     mesh: jax.sharding.Mesh,
-) -> Images:
-    """Images [prompts x seeds, rows, columns, 3] in [-1, 1], the seeds of a prompt side by side."""
+) -> Pixels:
+    """Images, uint8 [prompts x seeds, rows, columns, 3], the seeds of a prompt side by side."""
     tokens = np.repeat(pretrained.text(prompts), seeds, axis=0)
     negative, key = pretrained.text([config.sampling.negative]), build.key(config, "sample")
     number, seed = np.divmod(np.arange(len(tokens), dtype=np.uint32), np.uint32(seeds))
@@ -95,7 +105,7 @@ def draw(
     @functools.partial(jit, mesh=mesh, out_shardings=replicated(mesh))
     def program(
         params: Params, frozen: Params, rows: dict[str, jax.Array], scale: jax.Array
-    ) -> Images:
+    ) -> Pixels:
         fold = jax.vmap(lambda n, s: jax.random.fold_in(jax.random.fold_in(key, n), s))
         keys = fold(rows["number"], rows["seed"])
         return generate(params, frozen, rows["tokens"], negative, keys, scale)
@@ -116,7 +126,7 @@ def draw(
     return np.concatenate(images)[: len(tokens)]
 
 
-def write(directory: epath.PathLike, images: Images, prompts: list[str], seeds: int) -> None:
+def write(directory: epath.PathLike, images: Pixels, prompts: list[str], seeds: int) -> None:
     """PNGs `PROMPT-SEED.png`, a grid with a row a prompt (or a square one), and which prompt is which.
 
     Those of an earlier call into the same directory, which its images.json tells, go; nobody else's do.
@@ -127,7 +137,7 @@ def write(directory: epath.PathLike, images: Images, prompts: list[str], seeds: 
         for old in list(directory.iterdir()):
             if fnmatch.fnmatch(old.name, f"{'[0-9]' * 5}-[0-9][0-9].png"):
                 old.unlink()
-    for number, pixels in enumerate(to_uint8(images)):
+    for number, pixels in enumerate(images):
         prompt, seed = divmod(number, seeds)
         save_png(directory / f"{prompt:05d}-{seed:02d}.png", pixels)
     columns = seeds if seeds > 1 else int(np.ceil(np.sqrt(len(images))))

@@ -69,7 +69,9 @@ class SamplingStudy:
     seeds: tuple[int, ...]
     scores: tuple[str, ...]  # by the first the best scale is chosen
     prompts: int  # how many there are
-    cost: int | float = math.inf  # above which a model is not sampled: relative cost times evaluations
+    cost: int | float = (
+        math.inf
+    )  # above which a model is not sampled: relative cost times evaluations
 
     def __post_init__(self) -> None:
         check_name(self.baseline, self.models, "the study's baseline")

@@ -31,7 +31,9 @@ from ldm_jax.evals.features import Features
 from ldm_jax.evals.journal import Journal
 from ldm_jax.evals.prompts import Prompts
 from ldm_jax.flags import run_command
+from ldm_jax.metrics.resize import to_images
 from ldm_jax.models.flops import count
+from ldm_jax.models.text import warn_of_truncation
 from ldm_jax.nn.functional import Functional
 from ldm_jax.parallel import distributed, make_mesh
 from ldm_jax.pretrained import Pretrained, load_pretrained
@@ -42,7 +44,7 @@ from ldm_jax.training.checkpoints import Checkpoints
 from ldm_jax.training.hooks import Guard, Metrics, Profiler, Progress, tensorboard
 from ldm_jax.training.loop import tolerated
 from ldm_jax.training.saving import Preemption, Save
-from ldm_jax.types import Estimate, Images, Params
+from ldm_jax.types import Estimate, Params, Pixels
 
 
 def main(flags: argparse.Namespace) -> None:
@@ -138,6 +140,7 @@ def make_evaluated(
 ) -> Evaluated:
     """What the config describes of it."""
     prompts = build.make_prompts(config, workdir)
+    warn_of_truncation([*prompts.texts, config.sampling.negative], pretrained.text)
     networks, tokenizer = pretrained.scoring, pretrained.clip_tokenizer
     reference = make_reference(config, workdir, networks, mesh)
     scoring = make_scoring(config, prompts, networks, tokenizer, mesh, reference=reference)
@@ -228,11 +231,10 @@ class Evaluate(Hook):
         )
         if prompts.scenes:
             pixels = np.stack([render(scene) for scene in prompts.scenes])
-            truth = pixels.astype(np.float32) / 127.5 - 1
-            features = scoring.viewer(frozen, [truth])
+            features = scoring.viewer(frozen, [np.asarray(to_images(pixels))])
             references["true renders"] = self._scores(features)
             if self._journal:
-                self._journal.picture("samples/true.png", truth)
+                self._journal.picture("samples/true.png", pixels)
         if self._journal:
             self._journal.references(references)
 
@@ -269,7 +271,7 @@ class Evaluate(Hook):
         self,
         examples: int,
         weights: str,
-        images: Images,
+        images: Pixels,
         scores: dict[str, Estimate],
         losses: dict[str, float],
     ) -> None:

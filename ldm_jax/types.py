@@ -7,7 +7,8 @@ Dimensions, written as suffixes in model bodies (`q_BNKA`) and as names in signa
     W latent columns   E text width          F feed-forward width
     C latent channels  D model width         S sampler steps
 
-Images are `[B, rows, columns, 3]` in [-1, 1]; latents are `[B, H, W, C]`, scaled to about unit variance.
+Images are `[B, rows, columns, 3]` in [-1, 1], pixels the same in 256 values, 0 to 255. Latents are `[B, H, W, C]`,
+scaled to about unit variance.
 Training time `t` runs from 0 (data) to 1 (noise).
 """
 
@@ -16,7 +17,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int32, Key, UInt32
+from jaxtyping import Array, Bool, Float, Int32, Key, UInt8, UInt32
 
 BATCH_AXES = ("data", "fsdp")  # axes of a mesh that divide a batch
 PARAMETER_AXIS = "fsdp"  # that which divides parameters
@@ -28,6 +29,7 @@ Context = Any  # what a network has prepared from the prompt alone
 Latent = Float[Arr, "B H W C"]
 Images = Float[Arr, "B rows columns 3"]
 SomeImages = Float[Arr, "_ rows columns 3"]  # a part, of any number
+Pixels = UInt8[Arr, "B rows columns C"]  # as files hold them
 Tokens = Int32[Arr, "B L"]
 NegativeTokens = Int32[Arr, "negatives L"]  # one caption for all of a batch, or one each
 PerExample = Float[Arr, " B"]

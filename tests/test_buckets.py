@@ -27,7 +27,7 @@ from ldm_jax.training.checkpoints import Checkpoints
 from ldm_jax.training.hooks import Guard, Metrics, tensorboard
 from ldm_jax.types import Batch, Estimate
 
-IMAGES = np.zeros((3, 8, 8, 3), np.float32)
+IMAGES = np.zeros((3, 8, 8, 3), np.uint8)
 
 
 class Objects(MemoryFileSystem):

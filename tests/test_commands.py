@@ -89,6 +89,31 @@ def test_samples_are_a_function_of_prompt_number_and_seed(run, tmp_path):
     ]
 
 
+def test_every_step_is_shown_on_request(run, tmp_path, capsys):
+    words = ["--prompt=x", "--seeds=9", "--config.sampling.steps=3", f"--output={tmp_path}"]
+    for more in ([], ["--progress"]):
+        runs.run(sample, run, *words, *more, add_flags=sample.add_flags)
+        assert ("6/6" in capsys.readouterr().err) == bool(more)  # of 2 batches
+
+
+def test_what_of_prompts_no_encoder_sees_is_shown_by_all_that_draw(run, tmp_path, caplog):
+    (tmp_path / "prompts").write_text("".join(f"{'a ring ' * 60} {n}\n" for n in range(8)))
+    words = [f"--workdir={run}", f"--config.eval.prompts=file:{tmp_path / 'prompts'}"]
+    flags = parse(words, train.RunConfig, add_flags=evaluate.add_flags)
+    mesh, more = make_mesh(flags.config.mesh), [f"--prompts={tmp_path / 'prompts'}"]
+    pretrained = load_pretrained(flags.config, mesh)
+    network = build.make_backbone(flags.config, pretrained)
+    for command in (
+        lambda: runs.run(sample, run, *more, add_flags=sample.add_flags),
+        lambda: evaluate.of_model(flags.config, flags.workdir, flags, mesh),
+        lambda: train.make_evaluated(flags.config, flags.workdir, network, pretrained, mesh),
+    ):
+        caplog.clear()
+        command()
+        shown = [text for text in caplog.messages if "see the end of" in text]
+        assert len(shown) == 6 and "ring  4'" in shown[4] and "3 prompts more" in shown[5]
+
+
 def test_images_decoded_in_tiles_are_almost_those_decoded_whole(run, tmp_path):
     """But for what the autoencoder's attention sees of the whole image."""
     for tile in (0, 6):
@@ -362,10 +387,10 @@ def test_images_of_an_earlier_call_go_and_nobody_elses(tmp_path):
     others = ["00007-00.png", "2026-01.png"]
     for name in others:
         (tmp_path / name).touch()
-    sample.write(tmp_path, np.zeros((1, 8, 8, 3), np.float32), ["x"], seeds=1)
+    sample.write(tmp_path, np.zeros((1, 8, 8, 3), np.uint8), ["x"], seeds=1)
     assert all((tmp_path / name).exists() for name in others)
     (tmp_path / others[0]).unlink()
     for prompts in (["a", "b"], ["c"]):
-        sample.write(tmp_path, np.zeros((len(prompts), 8, 8, 3), np.float32), prompts, seeds=1)
+        sample.write(tmp_path, np.zeros((len(prompts), 8, 8, 3), np.uint8), prompts, seeds=1)
     names = sorted(path.name for path in tmp_path.iterdir())
     assert names == ["00000-00.png", "2026-01.png", "grid.png", "images.json"]

@@ -68,7 +68,7 @@ def lines(path, rows):
 
 
 def images(value, side=SIDE):
-    return np.full((SHOWN, side, side, 3), value, np.float32)
+    return np.full((SHOWN, side, side, 3), value, np.uint8)
 
 
 def evaluation(examples):
@@ -91,8 +91,8 @@ def make_run(run):
     """Writes a finished run."""
     (run / "samples").mkdir(parents=True)
     for examples in COUNTS:
-        save_grid(run / f"samples/{examples:012d}.png", images(examples / 12_000 - 1))
-    save_grid(run / "samples/true.png", images(1.0))
+        save_grid(run / f"samples/{examples:012d}.png", images(examples // 100))
+    save_grid(run / "samples/true.png", images(255))
     lines(run / "evaluations.jsonl", [evaluation(examples) for examples in COUNTS])
     metrics = [{"examples": n, "step": n // 10, "loss": 1 / (1 + n)} for n in range(0, 23_000, 500)]
     lines(run / "metrics.jsonl", metrics)
@@ -228,7 +228,7 @@ def test_run_that_has_only_begun_has_a_page(tmp_path):
 
 
 def test_images_larger_than_the_page_shows_are_made_smaller(workdir):
-    noise = np.random.default_rng(0).uniform(-1, 1, (SHOWN, 512, 512, 3))
+    noise = np.random.default_rng(0).integers(0, 256, (SHOWN, 512, 512, 3), np.uint8)
     save_grid(workdir / f"samples/{COUNTS[-1]:012d}.png", noise)
     assert len(page(read_run(workdir))) < MAX_TILE**2 * 16 * 3 * 1.5
 
@@ -257,7 +257,7 @@ def test_command_writes_the_page_into_the_run(workdir, capsys):
 
 def test_tiles_are_the_images_without_the_gaps(tmp_path):
     values = 17 * np.arange(11)
-    colors = (values / 127.5 - 1).astype(np.float32)[:, None, None, None]
+    colors = values.astype(np.uint8)[:, None, None, None]
     save_grid(tmp_path / "grid.png", np.broadcast_to(colors, (11, SIDE, SIDE, 3)))
     pixels = np.asarray(sheet(tmp_path / "grid.png"))
     assert pixels.shape == (2 * SIDE, 8 * SIDE, 3)

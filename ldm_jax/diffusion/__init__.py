@@ -56,7 +56,15 @@ from ldm_jax.diffusion.schedules import (
 )
 from ldm_jax.diffusion.solvers import DPMpp, Heun
 from ldm_jax.diffusion.times import LogitNormal, Times, Uniform
-from ldm_jax.diffusion.walk import Sampler, calls, check_walk, evaluations, initial_noise, sample
+from ldm_jax.diffusion.walk import (
+    Progress,
+    Sampler,
+    calls,
+    check_walk,
+    evaluations,
+    initial_noise,
+    sample,
+)
 
 SCHEDULES = {"scaled_linear": ScaledLinear, "cosine": Cosine, "rectified_flow": RectifiedFlow}
 PREDICTIONS = {"eps": eps, "x_0": x_0, "v": v, "velocity": velocity}
@@ -115,6 +123,7 @@ __all__ = [
     "Loss",
     "MinSNR",
     "Prediction",
+    "Progress",
     "RectifiedFlow",
     "Sampler",
     "ScaledLinear",

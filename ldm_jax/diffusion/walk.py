@@ -1,5 +1,6 @@
 """The walk from noise to data that all samplers share: one `lax.scan` over the points of a grid."""
 
+from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -13,6 +14,7 @@ from ldm_jax.types import Arr, Denoise, Denoised, Keys, Latent, Point
 
 Step = int | Integer[Arr, ""]
 Row = Float[Arr, " S"]
+Progress = Callable[[Step], None]
 
 
 @runtime_checkable
@@ -51,7 +53,12 @@ class Memoryless:
 
 
 def sample(
-    denoise: Denoise | Limited, x_1: Latent, grid: Point, keys: Keys, sampler: Sampler
+    denoise: Denoise | Limited,
+    x_1: Latent,
+    grid: Point,
+    keys: Keys,
+    sampler: Sampler,
+    progress: Progress | None = None,
 ) -> Latent:
     """Walks the grid from `x_1` at its first point to its last; pure, one `lax.scan`.
 
@@ -61,6 +68,9 @@ def sample(
     Where guidance is limited to an interval, each of the (at most three) segments of the walk has a
     scan of its own.
 
+    `progress(i)` is called on the host as step i begins, once whatever the number of devices; without
+    it nothing of it is in the program. `jax.effects_barrier()` waits for the last call.
+
     Raises:
       ValueError: `check_walk` refuses the grid, or guidance is limited and the grid is traced.
     """
@@ -68,7 +78,7 @@ def sample(
     start = jnp.asarray(x_1, jnp.float32)
     state = start, sampler.init(start)
     for part, first, end in segments(denoise, grid):
-        state = _scan(part, state, grid, keys, sampler, jnp.arange(first, end))
+        state = _scan(part, state, grid, keys, sampler, jnp.arange(first, end), progress)
     return state[0]
 
 
@@ -79,8 +89,11 @@ def _scan(
     keys: Keys,
     sampler: Sampler,
     steps: Integer[Array, " steps"],
+    progress: Progress | None,
 ) -> tuple[Latent, Any]:
     def body(state: tuple[Latent, Any], i: Integer[Array, ""]) -> tuple[tuple[Latent, Any], None]:
+        if progress is not None:
+            jax.debug.callback(progress, i)
         return sampler.step(denoise, *state, grid, i, keys), None
 
     return jax.lax.scan(body, state, steps)[0]

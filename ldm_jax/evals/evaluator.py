@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, UInt32
@@ -15,9 +16,9 @@ from jaxtyping import Array, Float, UInt32
 from ldm_jax.evals.features import Features, joined
 from ldm_jax.evals.generation import Generate
 from ldm_jax.metrics.extractors import Extractor
-from ldm_jax.metrics.resize import rounded, to_images
+from ldm_jax.metrics.resize import to_images
 from ldm_jax.parallel import jit, one_ahead, put_same, replicated
-from ldm_jax.types import Images, NegativeTokens, Params, SomeImages, Tokens
+from ldm_jax.types import Images, NegativeTokens, Params, Pixels, SomeImages, Tokens
 
 
 class View(NamedTuple):
@@ -32,10 +33,10 @@ class View(NamedTuple):
 
 
 class Part(NamedTuple):
-    """What came of some prompts in a row: features, and images in [-1, 1] where they are kept."""
+    """What came of some prompts in a row: features, and images where they are kept."""
 
     features: Features
-    images: Images | None = None
+    images: Pixels | None = None
 
 
 def proceed() -> None:
@@ -96,7 +97,11 @@ class Evaluator:
         negative: NegativeTokens,
         key: jax.Array,
     ) -> None:
-        """Args: `tokens` [n, L] and `negative` [1, L] are for the model, in the order of what the views read."""
+        """Args: `tokens` [n, L] and `negative` [1, L] are for the model, in the order of what the views read.
+
+        `generate` ends in `rounded`: scores are those of the files that would be written, and an image that is NaN,
+        which no uint8 is, has features that are NaN.
+        """
         self._viewer, self._tokens = viewer, tokens
 
         def run(
@@ -105,13 +110,12 @@ class Evaluator:
             rows: dict[str, Any],
             guidance: Float[Array, ""],
             seed: UInt32[Array, ""],
-        ) -> tuple[Images, dict[str, Any]]:
+        ) -> tuple[Pixels, dict[str, Any]]:
             seeded = jax.random.fold_in(key, seed)
             keys = jax.vmap(jax.random.fold_in, (None, 0))(seeded, rows["index"])
-            drawn = generate(params, frozen, rows["tokens"], negative, keys, guidance)
-            # Scores are those of the files that would be written.
-            images = to_images(rounded(drawn))
-            return images, viewer.features(frozen, images, rows["read"])
+            pixels = generate(params, frozen, rows["tokens"], negative, keys, guidance)
+            features = viewer.features(frozen, to_images(pixels), rows["read"])
+            return pixels.astype(jnp.uint8), features
 
         self._run = jit(run, viewer.mesh, out_shardings=replicated(viewer.mesh))
 
@@ -168,7 +172,7 @@ class Evaluator:
 
     def images_of(
         self, params: Params, frozen: Params, guidance: float, wanted: Sequence[int], seed: int = 0
-    ) -> Images:
+    ) -> Pixels:
         """The images of some prompts, by their numbers: drawn again, and the same again."""
         batch, drawn = self._viewer.batch, []
         for first in range(0, len(wanted), batch):

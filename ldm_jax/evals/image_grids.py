@@ -8,28 +8,22 @@ from etils import epath
 from jaxtyping import UInt8
 from PIL import Image
 
-from ldm_jax.types import Images
+from ldm_jax.types import Pixels
 
 
-def to_uint8(images: Images) -> UInt8[np.ndarray, "B rows columns 3"]:
-    """Images in [-1, 1], what leaves it clipped, to 0 ... 255 (rounded)."""
-    return np.round((np.clip(np.asarray(images, np.float32), -1, 1) + 1) * 127.5).astype(np.uint8)
-
-
-def image_grid(images: Images, columns: int, gap: int = 2) -> UInt8[np.ndarray, "height width 3"]:
-    """Images in [-1, 1], row by row, on white."""
-    pixels = to_uint8(images)
+def image_grid(pixels: Pixels, columns: int, gap: int = 2) -> UInt8[np.ndarray, "height width 3"]:
+    """Images row by row, on white."""
     missing = -len(pixels) % columns
     pixels = np.pad(pixels, ((0, missing), (0, gap), (0, gap), (0, 0)), constant_values=255)
     grid = rearrange(pixels, "(r c) h w rgb -> (r h) (c w) rgb", c=columns)
     return np.pad(grid, ((gap, 0), (gap, 0), (0, 0)), constant_values=255)
 
 
-def save_grid(path: epath.PathLike, images: Images, columns: int = 8) -> None:
-    """Writes images in [-1, 1] side by side as one PNG."""
+def save_grid(path: epath.PathLike, pixels: Pixels, columns: int = 8) -> None:
+    """Writes images side by side as one PNG."""
     path = epath.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_png(path, image_grid(images, columns))
+    save_png(path, image_grid(pixels, columns))
 
 
 def save_png(path: epath.PathLike, pixels: UInt8[np.ndarray, "height width 3"]) -> None:

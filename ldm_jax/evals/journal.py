@@ -14,7 +14,7 @@ from etils import epath
 from ldm_jax.evals.image_grids import save_grid
 from ldm_jax.evals.prompts import Prompts
 from ldm_jax.scaling.records import append_line, read_lines
-from ldm_jax.types import Estimate, Images
+from ldm_jax.types import Estimate, Pixels
 
 COLUMNS = 8  # of a picture of samples
 
@@ -50,7 +50,7 @@ class Journal:
         self,
         examples: int,
         weights: str,
-        images: Images,
+        images: Pixels,
         scores: Mapping[str, Estimate],
         validation: Mapping[str, float],
     ) -> None:
@@ -67,6 +67,6 @@ class Journal:
         }
         append_line(self._directory / "evaluations.jsonl", line)
 
-    def picture(self, name: str, images: Images) -> None:
+    def picture(self, name: str, images: Pixels) -> None:
         """Writes the first images side by side."""
         save_grid(self._directory / name, images[: self._shown], COLUMNS)

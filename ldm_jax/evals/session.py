@@ -20,12 +20,12 @@ from ldm_jax.evals import LOWER_IS_BETTER
 from ldm_jax.evals.cells import DIRECTORY, Cell, check_comparable, read_cell
 from ldm_jax.evals.evaluator import Part
 from ldm_jax.evals.features import Features, count_of
-from ldm_jax.evals.image_grids import save_grid, save_png, to_uint8
+from ldm_jax.evals.image_grids import save_grid, save_png
 from ldm_jax.evals.scores import Scores
 from ldm_jax.metrics.paired import Paired
 from ldm_jax.parallel import distributed
 from ldm_jax.scaling.records import append_line, commit, read_lines
-from ldm_jax.types import Images
+from ldm_jax.types import Pixels
 
 EXTREMES = 8  # images that are shown as best, and as worst
 SAME = ("reference_digest", "validated_by")  # what else a record's numbers depend on
@@ -42,7 +42,7 @@ class Work(NamedTuple):
     label: str
     facts: dict[str, Any]
     parts: Callable[..., Iterator[tuple[int, Part]]]
-    images: Callable[[Sequence[int]], Images]
+    images: Callable[[Sequence[int]], Pixels]
 
 
 class Session(NamedTuple):
@@ -139,10 +139,10 @@ def check_finite(session: Session, first: int, features: Features) -> None:
         )
 
 
-def keep(cell: Cell, numbers: Iterable[int], images: Images) -> None:
+def keep(cell: Cell, numbers: Iterable[int], images: Pixels) -> None:
     """Writes images by the numbers of their prompts."""
     (cell.path / "images").mkdir(parents=True, exist_ok=True)
-    for number, pixels in zip(numbers, to_uint8(images), strict=True):
+    for number, pixels in zip(numbers, images, strict=True):
         save_png(_kept(cell, number), pixels)
 
 

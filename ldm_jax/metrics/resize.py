@@ -14,9 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, UInt8
 
-from ldm_jax.types import Arr, Images
+from ldm_jax.types import Arr, Images, Pixels
 
-Pixels = UInt8[Arr, "B rows columns C"]
 FloatPixels = Float[Arr, "B rows columns C"]
 
 SIZE = (299, 299)  # of what Inception-v3 was trained on
@@ -43,9 +42,14 @@ METHODS: dict[str, Callable[[np.ndarray], np.ndarray]] = {"bilinear": triangle, 
 def rounded(images: Images) -> FloatPixels:
     """Images in [-1, 1] -> the nearest of 256 values, as they are saved, in float32: NaN stays NaN, and is seen later.
 
-    What lies outside is clipped.
+    What lies outside is clipped; half way between two values, the even one is taken.
     """
     return jnp.round((jnp.clip(jnp.asarray(images, jnp.float32), -1, 1) + 1) * 127.5)
+
+
+def to_pixels(images: Images) -> Pixels:
+    """The same as uint8, a quarter of the bytes; NaN becomes some value."""
+    return rounded(images).astype(jnp.uint8)
 
 
 def to_images(pixels: Pixels | FloatPixels) -> Images:

@@ -1,7 +1,8 @@
 """Captions -> what conditions a backbone: one CLIP (Stable Diffusion), two of them (SDXL), or T5 (PixArt)."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ from ldm_jax.models.tokenizer import Tokenizer
 from ldm_jax.types import Cond, Params, Tokens
 
 T5_LENGTH = 120  # tokens of a caption that PixArt was trained with; T5 itself has no limit
+CUTS_SHOWN = 5  # prompts that lose their end and are shown
 
 
 class Ids(NamedTuple):
@@ -20,6 +22,15 @@ class Ids(NamedTuple):
 
     max_length: int
     pad_id: int = 0
+
+
+def warn_of_truncation(prompts: Iterable[str], text: "Text") -> None:
+    """Shows what of prompts no text encoder sees: of many the first few, and how many more there are."""
+    cuts = [cut for prompt in dict.fromkeys(prompts) if (cut := text.truncated(prompt))]
+    for cut in cuts[:CUTS_SHOWN]:
+        logging.warning("The text encoder does not see the end of a prompt: %r", cut)
+    if more := len(cuts[CUTS_SHOWN:]):
+        logging.warning("Nor does it see the end of %d prompts more.", more)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -24,7 +24,7 @@ from ldm_jax.parallel.chips import peak_flops
 from ldm_jax.parallel.rules import leaf_name
 from ldm_jax.scaling.records import append_line, read_lines
 from ldm_jax.training.loop import AHEAD, Hook, Tick, TrainingError, tolerated
-from ldm_jax.types import Batch, Images
+from ldm_jax.types import Batch, Pixels
 
 _log = logging.getLogger(__name__)
 
@@ -164,11 +164,10 @@ class Metrics(Hook):
             self._board.write_scalars(examples, scalars)
             self._board.flush()
 
-    def write_images(self, examples: int, images: dict[str, Images]) -> None:
-        """Shows images in [-1, 1] on the board."""
-        shown = {name: np.clip(np.asarray(x) * 0.5 + 0.5, 0.0, 1.0) for name, x in images.items()}
+    def write_images(self, examples: int, images: dict[str, Pixels]) -> None:
+        """Shows images on the board."""
         with tolerated(f"Samples for TensorBoard, after {examples} examples,"):
-            self._board.write_images(examples, shown)
+            self._board.write_images(examples, images)
 
     def close(self) -> None:
         with tolerated("The end of TensorBoard's file"):

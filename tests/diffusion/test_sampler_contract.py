@@ -6,9 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from ldm_jax.diffusion import (
     DDIM,
+    EVERYWHERE,
     SAMPLERS,
     Cosine,
     DPMpp,
@@ -164,6 +166,20 @@ def test_a_prompts_sample_does_not_depend_on_its_batch(sampler, normal_data):
 
 
 @every
+def test_a_sample_does_not_depend_on_the_number_of_devices(sampler, normal_data):
+    points, found = grid(Cosine(), Even(), 10), []
+    for count in (1, 2, 4, 8):
+        mesh = jax.make_mesh((count,), ("data",), devices=jax.devices()[:count])
+        rows = NamedSharding(mesh, PartitionSpec("data"))
+        given = jax.device_put((noise_of(8), keys_of(8)), rows)
+        x = walk(given[0], points, given[1], denoise=normal_data.denoise, sampler=sampler)
+        assert len(x.sharding.device_set) == count
+        found.append(np.asarray(x))
+    for other in found[1:]:
+        np.testing.assert_allclose(other, found[0], atol=1e-5)
+
+
+@every
 def test_a_walk_may_start_at_pure_noise(sampler, normal_data):
     points = grid(RectifiedFlow(), Even(), 3)
     network = normal_data.network(RectifiedFlow(), velocity)
@@ -240,6 +256,32 @@ def test_another_seed_compiles_nothing_anew(sampler, normal_data):
     results = [generate(noise_of(2), keys_of(2, seed)) for seed in (1, 2, 3)]
     assert len(traces) == 1 and generate._cache_size() == 1
     assert (results[0] != results[1]).any() == draws(sampler)
+
+
+@pytest.mark.parametrize("interval", [EVERYWHERE, (0.3, 0.8)])
+@pytest.mark.parametrize("devices", [1, 8])
+def test_progress_is_told_once_a_step_whatever_the_devices(devices, interval, normal_data):
+    points, told = grid(Cosine(), Even(), 7), []
+    network = normal_data.network(Cosine(), velocity)
+    denoise = denoiser(
+        network,
+        None,
+        np.zeros((16, 1), np.float32),
+        prediction=velocity,
+        guidance=2.0,
+        interval=interval,
+    )
+    mesh = jax.make_mesh((devices,), ("data",), devices=jax.devices()[:devices])
+    rows = NamedSharding(mesh, PartitionSpec("data"))
+    x, keys = jax.device_put((noise_of(8), keys_of(8)), rows)
+    shown = jax.jit(lambda x, keys: sample(denoise, x, points, keys, DDIM(), told.append))
+    alone = jax.jit(lambda x, keys: sample(denoise, x, points, keys, DDIM()))
+    np.testing.assert_allclose(shown(x, keys), alone(x, keys), atol=1e-5)
+    jax.effects_barrier()
+    assert sorted(map(int, told)) == list(range(7))
+    assert "callback" in str(shown.trace(x, keys).jaxpr)
+    assert "callback" not in str(alone.trace(x, keys).jaxpr)
+    assert "callback" not in alone.lower(x, keys).compile().as_text()
 
 
 @every

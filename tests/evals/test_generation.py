@@ -16,6 +16,7 @@ from ldm_jax.diffusion import (
     velocity,
 )
 from ldm_jax.evals.generation import make_generate
+from ldm_jax.metrics.resize import rounded, to_pixels
 from ldm_jax.types import Cond
 
 SHAPE, COUNT = (2, 2, 4), 6
@@ -33,7 +34,7 @@ def encode(frozen, tokens):
     return Cond(tokens[:, :, None] / 10.0)
 
 
-def drawn(negative, **options):
+def drawn(negative, finish=lambda images: images, **options):
     generate = make_generate(
         apply,
         lambda params, cond: cond,
@@ -43,9 +44,23 @@ def drawn(negative, **options):
         grid=GRID,
         sampler=DDIM(),
         shape=SHAPE,
+        finish=finish,
         **options,
     )
     return np.asarray(jax.jit(generate)(0.5, {}, TOKENS, negative, KEYS, jnp.float32(4.0)))
+
+
+def test_images_are_the_nearest_of_256_values_whoever_asks():
+    """The truth of the rounding is NumPy's, of each image as it was decoded."""
+    negative = np.zeros((1, 2), np.int32)
+    wide = {"finish": lambda images: 9 * images}  # past both ends, too
+    images = drawn(negative, **wide)
+    expected = np.clip(np.round((images.astype(np.float64) + 1) * 127.5), 0, 255)
+    pixels = drawn(negative, lambda images: to_pixels(9 * images))
+    assert pixels.dtype == np.uint8 and expected.min() == 0 and expected.max() == 255
+    np.testing.assert_array_equal(pixels, expected)
+    floats = drawn(negative, lambda images: rounded(9 * images))
+    np.testing.assert_array_equal(floats, expected)
 
 
 def test_every_prompt_may_have_its_own_negative():
@@ -68,6 +83,6 @@ def test_guidance_is_tempered_as_the_denoiser_does(options):
     latents = jax.jit(lambda noise: sample(denoise, noise, GRID, KEYS, DDIM()))(
         initial_noise(KEYS, SHAPE)
     )
-    expected = np.clip(0.1 * np.asarray(latents)[..., :3], -1, 1)
+    expected = 0.1 * np.asarray(latents)[..., :3]
     np.testing.assert_allclose(drawn(negative, **options), expected, atol=1e-6)
     assert np.abs(drawn(negative) - expected).max() > 1e-3

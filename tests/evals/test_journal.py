@@ -7,7 +7,7 @@ from ldm_jax.evals.journal import Journal
 from ldm_jax.types import Estimate
 
 SCORES = {"clip_score": Estimate(0.5, 0.4, 0.6, 8)}
-IMAGES = np.zeros((3, 8, 8, 3), np.float32)
+IMAGES = np.zeros((3, 8, 8, 3), np.uint8)
 
 
 def test_a_line_left_unfinished_by_a_kill_spoils_no_other(tmp_path):
