@@ -31,7 +31,7 @@ from ldm_jax.scaling.records import in_bucket
 from ldm_jax.training import State, abstract_state, init_state, make_optimizer, make_step
 from ldm_jax.training.checkpoints import Checkpoints
 from ldm_jax.training.step import Step
-from ldm_jax.types import Batch, Cond, Params
+from ldm_jax.types import Batch, Cond, Params, Point
 
 
 def make_backbone(config: RunConfig, pretrained: Pretrained) -> Functional:
@@ -256,6 +256,29 @@ def make_sampling(
     """The program from prompts to images that `config.sampling` describes; `options` as `make_generate` has them.
 
     Raises:
+      ValueError: as `walk`.
+    """
+    sampling = config.sampling
+    side = config.data.size // pretrained.autoencoder.config.downsampling
+    return make_generate(
+        network.apply,
+        prepare(network),
+        pretrained.encode,
+        pretrained.decode,
+        prediction=diffusion.PREDICTIONS[config.prediction],
+        grid=walk(config),
+        sampler=sampling.sampler,
+        shape=(side, side, pretrained.autoencoder.config.latent_channels),
+        rescale=sampling.guidance_rescale,
+        interval=sampling.guidance_interval,
+        **options,
+    )
+
+
+def walk(config: RunConfig) -> Point:
+    """The points that `config.sampling` visits.
+
+    Raises:
       ValueError: the prediction does not determine the image where the sampler starts, or the
         sampler is not defined on the schedule with this spacing.
     """
@@ -267,27 +290,13 @@ def make_sampling(
             f"prediction {config.prediction!r} says nothing of the image at a signal of 0, where this schedule starts:"
             " choose v, velocity or x_0, or another sampling.spacing"
         )
-    side = config.data.size // pretrained.autoencoder.config.downsampling
-    return make_generate(
-        network.apply,
-        prepare(network),
-        pretrained.encode,
-        pretrained.decode,
-        prediction=prediction,
-        grid=grid,
-        sampler=sampling.sampler,
-        shape=(side, side, pretrained.autoencoder.config.latent_channels),
-        rescale=sampling.guidance_rescale,
-        interval=sampling.guidance_interval,
-        **options,
-    )
+    return grid
 
 
 def evaluations(config: RunConfig) -> int:
     """How many latents the network sees for one image of `config.sampling`, of both branches."""
     sampling = config.sampling
-    grid = diffusion.grid(config.schedule, sampling.spacing, sampling.steps)
-    return diffusion.evaluations(sampling.sampler, grid, sampling.guidance_interval)
+    return diffusion.evaluations(sampling.sampler, walk(config), sampling.guidance_interval)
 
 
 def make_prompts(config: RunConfig, workdir: epath.PathLike) -> Prompts:

@@ -116,7 +116,7 @@ class Model(NamedTuple):
 
 
 def models(study: SamplingStudy) -> list[Model]:
-    """Every model with its ways; of shapes alone. Raises as `programs.parts` and `diffusion.check_walk`."""
+    """Every model with its ways; of shapes alone. Raises as `programs.parts` and `build.walk`."""
     counts = {name: forward(config) for name, config in study.models.items()}
     unit = counts[study.baseline].total.flops
     return [
@@ -136,12 +136,11 @@ def ways(study: SamplingStudy, config: RunConfig, counted: Count, unit: int) -> 
     named, once = {study.sampler: study.steps, **study.others}, counted.total.flops
     for steps, name in itertools.product(study.steps, named):
         sampling = dataclasses.replace(config.sampling, sampler=SAMPLERS[name](), steps=steps)
-        grid = diffusion.grid(config.schedule, sampling.spacing, steps)
-        diffusion.check_walk(sampling.sampler, grid)
-        cost = int(diffusion.calls(sampling.sampler, grid).sum()) * once / unit
+        own = dataclasses.replace(config, sampling=sampling)
+        passes = int(diffusion.calls(sampling.sampler, build.walk(own)).sum())
+        cost = passes * once / unit
         if steps in named[name] and cost <= study.cost:
-            both = build.evaluations(dataclasses.replace(config, sampling=sampling))
-            yield Way(name, sampling, cost, float(both * once))
+            yield Way(name, sampling, cost, float(build.evaluations(own) * once))
 
 
 def run(study: SamplingStudy, workdir: epath.PathLike) -> list[SamplingRecord]:

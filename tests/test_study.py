@@ -136,14 +136,15 @@ def test_grid_that_cannot_be_is_refused(fields, sentence):
 def test_zero_steps_and_a_sampler_that_the_schedule_cannot_serve_are_refused_before_anything_runs():
     with pytest.raises(ValueError, match="steps is 0"):
         study.models(dataclasses.replace(GRID, steps=(0, 2), others={}))
+    sampling = dataclasses.replace(RUN.sampling, spacing=diffusion.Even())
     flow = {
-        name: dataclasses.replace(config, schedule=diffusion.RectifiedFlow(), prediction="velocity")
+        name: dataclasses.replace(
+            config, schedule=diffusion.RectifiedFlow(), prediction="eps", sampling=sampling
+        )
         for name, config in GRID.models.items()
     }
-    sampling = dataclasses.replace(RUN.sampling, spacing=diffusion.Even())
-    flow = {n: dataclasses.replace(c, sampling=sampling) for n, c in flow.items()}
-    with pytest.raises(ValueError, match="lcm"):
-        study.models(dataclasses.replace(GRID, models=flow, others={"lcm": (2,)}))
+    with pytest.raises(ValueError, match="'eps' says nothing of the image at a signal of 0"):
+        study.models(dataclasses.replace(GRID, models=flow))
 
 
 @pytest.mark.parametrize(("topology", "mfu"), [("v5e", 0.4), ("v9:2x2", 0.4), ("v5e:2x2", 0.0)])

@@ -1,7 +1,7 @@
 """From a model to features: samples of fixed prompts from fixed noise, as frozen networks see them.
 
-Sampling, decoding and features are one jitted program; scores come on the host from the features in the prompts'
-order, so they depend neither on the batch nor on the number of devices.
+Sampling and decoding are one jitted program and features another, between which nothing leaves the devices; scores come
+on the host from the features in the prompts' order, so they depend neither on the batch nor on the number of devices.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -17,7 +17,7 @@ from ldm_jax.evals.features import Features, joined
 from ldm_jax.evals.generation import Generate
 from ldm_jax.metrics.extractors import Extractor
 from ldm_jax.metrics.resize import to_images
-from ldm_jax.parallel import jit, one_ahead, put_same, replicated
+from ldm_jax.parallel import batch_sharding, jit, one_ahead, put_same, replicated
 from ldm_jax.types import Images, NegativeTokens, Params, Pixels, SomeImages, Tokens
 
 
@@ -49,12 +49,12 @@ class Viewer:
     def __init__(self, views: Mapping[str, View], *, mesh: Mesh, batch: int) -> None:
         self.mesh, self.batch, self._views = mesh, batch, views
         self._read = {name: view.read for name, view in views.items()}
-        self._run = jit(self.features, mesh, out_shardings=replicated(mesh))
+        self.look = jit(self.features, mesh, out_shardings=replicated(mesh))
 
     def features(
         self, frozen: Params, images: Images, read: Mapping[str, Any]
     ) -> dict[str, dict[str, Float[Array, "B ..."]]]:
-        """Of one batch; pure, and to be jitted."""
+        """Of one batch; pure. `look` is the same, jitted."""
         return {
             name: view.extractor.features(frozen.get(view.network), images, read[name])
             for name, view in self._views.items()
@@ -78,7 +78,7 @@ class Viewer:
             for part in rebatched(images, self.batch):
                 rows = numbers(first, self.batch, first + len(part))
                 given = part[rows - first], self.read(rows)
-                yield first, len(part), self._run(frozen, *put_same(given, self.mesh))
+                yield first, len(part), self.look(frozen, *put_same(given, self.mesh))
                 first += len(part)
 
         for first, count, features in one_ahead(begun()):
@@ -104,20 +104,21 @@ class Evaluator:
         """
         self._viewer, self._tokens = viewer, tokens
 
-        def run(
+        def draw(
             params: Params,
             frozen: Params,
             rows: dict[str, Any],
             guidance: Float[Array, ""],
             seed: UInt32[Array, ""],
-        ) -> tuple[Pixels, dict[str, Any]]:
+        ) -> tuple[Pixels, Images]:
             seeded = jax.random.fold_in(key, seed)
             keys = jax.vmap(jax.random.fold_in, (None, 0))(seeded, rows["index"])
             pixels = generate(params, frozen, rows["tokens"], negative, keys, guidance)
-            features = viewer.features(frozen, to_images(pixels), rows["read"])
-            return pixels.astype(jnp.uint8), features
+            return pixels.astype(jnp.uint8), to_images(pixels)
 
-        self._run = jit(run, viewer.mesh, out_shardings=replicated(viewer.mesh))
+        # What looks at images is a program of its own: compiled once, however many ways there are to draw them.
+        places = replicated(viewer.mesh), batch_sharding(viewer.mesh)
+        self._draw = jit(draw, viewer.mesh, out_shardings=places)
 
     def __call__(
         self,
@@ -189,9 +190,10 @@ class Evaluator:
         seed: int,
         rows: UInt32[np.ndarray, " batch"],
     ) -> Any:
-        given = {"tokens": self._tokens[rows], "index": rows, "read": self._viewer.read(rows)}
-        placed = put_same(given, self._viewer.mesh)
-        return self._run(params, frozen, placed, np.float32(guidance), np.uint32(seed))
+        given = {"tokens": self._tokens[rows], "index": rows}, self._viewer.read(rows)
+        placed, read = put_same(given, self._viewer.mesh)
+        pixels, images = self._draw(params, frozen, placed, np.float32(guidance), np.uint32(seed))
+        return pixels, self._viewer.look(frozen, images, read)
 
 
 def numbers(first: int, batch: int, count: int) -> UInt32[np.ndarray, " batch"]:

@@ -110,7 +110,7 @@ def test_another_seed_is_other_noise_and_compiles_nothing():
     evaluate = evaluator(8, 1)
     first, second = (evaluate(jnp.float32(0.5), FROZEN, 1.0, seed=seed) for seed in (0, 1))
     assert (first.images != second.images).any()
-    assert evaluate._run.__wrapped__._cache_size() == 1
+    assert evaluate._draw.__wrapped__._cache_size() == 1
 
 
 def test_parts_of_any_size_become_batches_in_the_same_order():
@@ -125,7 +125,7 @@ def test_another_guidance_compiles_nothing_and_changes_the_images():
     evaluate = evaluator(8, 1)
     first = evaluate(jnp.float32(0.5), FROZEN, 1.0)
     second = evaluate(jnp.float32(0.5), FROZEN, 4.0)
-    assert evaluate._run.__wrapped__._cache_size() == 1
+    assert evaluate._draw.__wrapped__._cache_size() == 1
     assert (first.images != second.images).any()
 
 
