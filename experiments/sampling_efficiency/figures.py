@@ -25,7 +25,7 @@ COLORS = matplotlib.colormaps["viridis_r"]
 SMALL = (3.4, 2.8)  # inches of one chart among several
 Paint = Callable[[Axes], None]
 COSTS = {
-    "cost": "sampling cost (relative cost of a pass x passes)",
+    "cost": "relative cost of a pass x passes",
     "flops": "FLOPs of an image, guidance counted",
     "seconds": "seconds an image, as measured",
 }
@@ -106,6 +106,7 @@ def figures(found: Findings) -> dict[str, plots.Figure]:
     first = found.curves[0]
     against = {what: efficiency_chart(found, first, what) for what in COSTS}
     samplers = {curve.sampler: efficiency_chart(found, curve, "cost") for curve in found.curves}
+    against = {f"{first.sampler}, {what}": paint for what, paint in against.items()}
     return {
         "efficiency": plots.charts(against, size=SMALL),
         "guidance": plots.charts({"Best guidance": heat_map(first)}, size=(4.6, 3.2)),
@@ -143,6 +144,7 @@ def efficiency_chart(found: Findings, curve: Curve, what: str) -> Paint:
                 capsize=2,
             )
         axes.set_xscale("log")
+        axes.xaxis.set_major_formatter("{x:g}")
         axes.set_xlabel(COSTS[what])
         axes.set_ylabel(found.score + (", lower is better" if way < 0 else ""))
         axes.legend()

@@ -45,7 +45,7 @@ def scenes() -> study.SamplingStudy:
     return of_scenes(
         examples=48_000,
         prompts=64,
-        steps=(4, 8, 16),
+        steps=(4, 8, 16, 32),
         guidance=(1.0, 2.0, 4.0, 7.5),
         seeds=(0, 1),
         others=dict.fromkeys(("ddpm", "dpmpp", "euler_ancestral", "heun", "lcm"), (4, 8, 16)),

@@ -24,6 +24,7 @@ FEW = (
     20  # steps of the larger model up to which smaller ones are said to win (the paper's section 5)
 )
 ROUNDING = 1e-9  # by which equal costs may differ
+CLOSE = 0.4  # of a cost counts as equal to it: steps of a grid lie up to 2.5 apart
 
 Group = tuple[str, str, str]
 
@@ -67,9 +68,10 @@ class Curve:
 
 
 class Pair(NamedTuple):
-    """A point of a larger model against a smaller one at the most steps that no more cost pays for.
+    """A point of a larger model against a smaller one at the most steps that no more cost pays for, and no much less.
 
     Which point of the smaller one stands against it is not chosen by scores: the best of several would win too often.
+    One that costs less than `CLOSE` of it, as the smaller was not sampled in more steps, stands against nothing.
 
     `advantage` is that of the smaller one, row 0 of all prompts.
     """
@@ -193,14 +195,15 @@ def interval(resampled: Float[np.ndarray, " resamples"]) -> Estimate:
 
 
 def pairs(curve: Curve, few: int = FEW) -> list[Pair]:
-    """Every point of up to `few` steps with every smaller model that can be had at no more cost."""
+    """Every point of up to `few` steps with every smaller model at equal cost."""
     found = []
     for number, point in enumerate(curve.points):
         if point.steps > few:
             continue
-        paid = curve.cost <= curve.cost[number] * (1 + ROUNDING)
+        share = curve.cost / curve.cost[number]
+        alike = (CLOSE <= share) & (share <= 1 + ROUNDING)
         for smaller in range(point.model):
-            rivals = np.flatnonzero(paid & (curve.owners == smaller))
+            rivals = np.flatnonzero(alike & (curve.owners == smaller))
             if rivals.size:
                 rival = rivals[np.argmax(curve.cost[rivals])]
                 advantage = curve.scores[:, rival] - curve.scores[:, number]

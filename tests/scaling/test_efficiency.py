@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from ldm_jax.scaling.efficiency import (
+    CLOSE,
     curves,
     groups,
     incomplete,
@@ -133,8 +134,16 @@ def test_pairs_are_at_no_more_cost_and_at_few_steps():
         less, more = (costs[curve.models[p.model], p.steps] for p in (pair.smaller, pair.larger))
         of_smaller = [costs[curve.models[pair.smaller.model], steps] for steps in STEPS]
         assert less == max(cost for cost in of_smaller if cost <= more)
+        assert less >= CLOSE * more
         values = [curve.scores[:, curve.points.index(p)] for p in (pair.smaller, pair.larger)]
         np.testing.assert_array_equal(pair.advantage, values[0] - values[1])
+
+
+def test_a_smaller_model_that_was_not_sampled_in_enough_steps_is_not_compared():
+    (curve,) = curves(study(smaller_wins), "score")
+    compared = {(pair.smaller.model, pair.larger) for pair in pairs(curve)}
+    # small@16 costs 16: as medium@4 and large@1, and not a half of medium@16 and large@4.
+    assert compared == {(0, (1, 4)), (0, (1, 8)), (1, (2, 4)), (1, (2, 8))} | {(0, (1, 8))}
 
 
 def test_records_of_other_grids_and_commits_are_kept_apart():
