@@ -87,7 +87,7 @@ def told(found: Findings) -> Iterator[str]:
     """Verdicts as sentences."""
     yield f"by {found.score}:"
     for sampler, (verdict, wins) in found.by_sampler.items():
-        share = f"{wins.value:.0%} of comparisons, {wins.low:.0%} to {wins.high:.0%}"
+        share = f"{wins.value:.0%} of {wins.count} comparisons, {wins.low:.0%} to {wins.high:.0%}"
         yield f"  smaller models are better at equal cost with {sampler}: {verdict.value} ({share})"
     yield f"  whatever the sampler: {found.whatever.value}"
 
@@ -95,7 +95,7 @@ def told(found: Findings) -> Iterator[str]:
 def as_json(found: Findings) -> dict[str, object]:
     """The same for programs."""
     by_sampler = {
-        sampler: {"verdict": finding.verdict.name.lower(), "wins": finding.wins[:3]}
+        sampler: {"verdict": finding.verdict.name.lower(), "wins": finding.wins}
         for sampler, finding in found.by_sampler.items()
     }
     return {"smaller_is_better": by_sampler, "whatever_the_sampler": found.whatever.name.lower()}

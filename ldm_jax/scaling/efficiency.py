@@ -9,6 +9,7 @@ other prompts and other noise, not for models trained again.
 import collections
 import dataclasses
 import functools
+import math
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
@@ -201,7 +202,7 @@ def pairs(curve: Curve, few: int = FEW) -> list[Pair]:
         if point.steps > few:
             continue
         share = curve.cost / curve.cost[number]
-        alike = (CLOSE <= share) & (share <= 1 + ROUNDING)
+        alike = (share >= CLOSE) & (share <= 1 + ROUNDING)
         for smaller in range(point.model):
             rivals = np.flatnonzero(alike & (curve.owners == smaller))
             if rivals.size:
@@ -214,13 +215,13 @@ def pairs(curve: Curve, few: int = FEW) -> list[Pair]:
 def smaller_is_better(curve: Curve, few: int = FEW) -> Finding:
     """Finding 3, "smaller models sample more efficiently": whether they win more than half of their `pairs`.
 
-    A tie is half a win. Raises ValueError where there is no pair, as of one model.
+    A tie is half a win; the count is that of pairs. Where there is none nothing is decided, and the share is NaN.
     """
     found = pairs(curve, few)
     if not found:
-        raise ValueError(f"{curve.sampler} has no two models to compare at up to {few} steps")
+        return Finding(Verdict.UNDECIDED, Estimate(math.nan, math.nan, math.nan, 0))
     advantages = np.stack([pair.advantage for pair in found])
-    wins = interval(np.mean(np.heaviside(advantages, 0.5), axis=0))
+    wins = interval(np.mean(np.heaviside(advantages, 0.5), axis=0))._replace(count=len(found))
     return Finding(above(wins, 0.5), wins)
 
 

@@ -71,6 +71,7 @@ def test_verdict_is_right_where_the_truth_is_clear(truth, verdict, lower_is_bett
     finding = smaller_is_better(curve)
     assert finding.verdict is verdict
     assert finding.wins.value == (1.0 if verdict is Verdict.CONFIRMED else 0.0)
+    assert finding.wins.count == len(pairs(curve))
 
 
 def test_models_that_are_alike_are_not_decided_but_for_a_rare_false_alarm():
@@ -172,9 +173,14 @@ def test_prompts_of_which_nothing_is_asked_do_not_count():
     assert curve.seconds.tolist() == [4.0]
 
 
-def test_unknown_score_and_a_single_model_are_said():
+def test_unknown_score_is_said():
     records = [record("small", "ddim", 4, 1.0, 0, [1.0, 2.0])]
     with pytest.raises(ValueError, match="no score 'fid' by prompt; they have score"):
         curves(records, "fid")
-    with pytest.raises(ValueError, match="ddim has no two models to compare at up to 20 steps"):
-        smaller_is_better(curves(records, "score")[0])
+
+
+def test_where_nothing_can_be_compared_nothing_is_decided():
+    one = curves([record("small", "ddim", 4, 1.0, 0, [1.0, 2.0])], "score")
+    finding = smaller_is_better(one[0])
+    assert finding.verdict is Verdict.UNDECIDED
+    assert finding.wins.count == 0
