@@ -42,14 +42,19 @@ def drawn(init, seed=0):
     return jax.tree_util.tree_map_with_path(draw, jax.eval_shape(init, jax.random.key(0)))
 
 
-def networks(config):
-    """Ours and theirs, of the same weights, as functions of NumPy arrays that return one."""
+def pair(config):
+    """Our `apply` and its parameters, and their model of the same weights."""
     init, apply = functional(lambda rngs: UNet(config, rngs))
     params = drawn(init)
     with tempfile.TemporaryDirectory() as directory:
         weights.save(directory, params, config.names, config.to_diffusers())
         model = UNet2DConditionModel.from_pretrained(directory).eval()
-    params = jax.device_put(params)
+    return apply, jax.device_put(params), model
+
+
+def networks(config):
+    """Ours and theirs, of the same weights, as functions of NumPy arrays that return one."""
+    apply, params, model = pair(config)
 
     @jax.jit
     def predict(params, latents, told, tokens):
@@ -65,10 +70,18 @@ def networks(config):
     return functools.partial(predict, params), theirs
 
 
-def seconds(function, given):
-    start = time.perf_counter()
+def compare(answer, expected):
+    """Ends the program if the answers differ."""
+    error = np.max(np.abs(np.asarray(answer) - expected)) / np.max(np.abs(expected))
+    print(f"the answers differ by {error:.1e} of the largest value", flush=True)
+    if not error <= TOLERANCE:
+        raise SystemExit(f"that is more than {TOLERANCE}")
+
+
+def seconds(function, given, clock=time.perf_counter):
+    start = clock()
     np.asarray(function(*given))
-    return time.perf_counter() - start
+    return clock() - start
 
 
 def main():
@@ -86,11 +99,7 @@ def main():
         rng.standard_normal((rows, 77, config.text_width), "f"),
     )
     ours, theirs = networks(config)
-    answer, expected = np.asarray(ours(*given)), theirs(*given)
-    error = np.max(np.abs(answer - expected)) / np.max(np.abs(expected))
-    print(f"the answers differ by {error:.1e} of the largest value")
-    if not error <= TOLERANCE:
-        raise SystemExit(f"that is more than {TOLERANCE}")
+    compare(ours(*given), theirs(*given))
     pairs = []
     for _ in range(arguments.repeats):
         pairs.append((seconds(ours, given), seconds(theirs, given)))
