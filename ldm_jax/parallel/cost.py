@@ -1,8 +1,9 @@
 """What a program compiled for TPUs costs: its time, where that goes, its memory, and what it wastes.
 
-Time is what one device computes, the compiler's cycles by the clock of the chip, plus its attention kernels, plus what
-collectives leave uncovered. The compiler's cycles are an estimate: it takes elementwise work on bfloat16 to be as slow
-as on float32, and transfers between HBM and fast memory to be hidden.
+Time is what one device computes, the compiler's cycles by the clock of the chip (where there is no code, those of
+`parallel.roofline`), plus its attention kernels, plus what collectives leave uncovered. The compiler's cycles are an
+estimate: it takes elementwise work on bfloat16 to be as slow as on float32, and transfers between HBM and fast memory
+to be hidden.
 """
 
 import collections
