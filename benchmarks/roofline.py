@@ -28,12 +28,12 @@ SMALL = (
     *(f"{UNET}.num_res_blocks=1", f"{UNET}.remat=dots"),
 )
 FSDP = "--config.mesh.fsdp=16"
-# Name, slice and how many of them, flags. The numbers of `parallel.roofline` are fitted to the first two.
+# Name, slice and how many of them, flags. The numbers of `parallel.roofline` are fitted to the first three.
 PROGRAMS = {
     "pixart-v5p": ("v5p:2x2x1", 1, (*PIXART, "--config.train.batch=64")),
     "unet-v5e": ("v5e:16x16", 1, SMALL),
-    "unet-v6e-fsdp": ("v6e:8x16", 1, (*SMALL, FSDP, "--config.train.batch=1024")),
     "pixart-v5e-fsdp": ("v5e:16x16", 1, (*PIXART, FSDP)),
+    "unet-v5e-fsdp": ("v5e:16x16", 1, (*SMALL, FSDP)),
     "unet-866m-v5p": ("v5p:2x2x1", 1, UNET_866M),
     "pixart-v6e-fsdp": ("v6e:8x16", 2, (*PIXART, FSDP)),
 }
