@@ -106,6 +106,28 @@ def test_of_what_is_sliced_and_updated_in_place_the_slice_counts():
     assert found == pytest.approx(hbm(2 * 4 * 4096 * 4096), rel=1e-4)
 
 
+CARRYING = """%carrying (p.5: f32[8]) -> f32[8] {
+  %a.5 = bf16[4096,1024]{1,0:T(8,128)(2,1)} parameter(0)
+  %b.5 = bf16[1024,2048]{1,0:T(8,128)(2,1)} parameter(1)
+  %part.5 = bf16[4096,4096]{1,0:T(8,128)(2,1)} parameter(2)
+  %whole.5 = bf16[65536,4096]{1,0:T(8,128)(2,1)} all-gather(%part.5), dimensions={0}
+  %c.5 = bf16[4096,2048]{1,0:T(8,128)(2,1)} convolution(%a.5, %b.5), dim_labels=bf_io->bf
+  ROOT %both.5 = (bf16[4096,2048]{1,0}, bf16[65536,4096]{1,0}) tuple(%c.5, %whole.5)
+}"""
+
+
+def test_a_product_that_carries_a_collective_along_takes_as_long_as_it_does_alone():
+    found = time_of(
+        """  %a = bf16[4096,1024]{1,0:T(8,128)(2,1)} parameter(0)
+  %b = bf16[1024,2048]{1,0:T(8,128)(2,1)} parameter(1)
+  %part = bf16[4096,4096]{1,0:T(8,128)(2,1)} parameter(2)
+  ROOT %both = (bf16[4096,2048]{1,0}, bf16[65536,4096]{1,0}) fusion(%a, %b, %part), calls=%carrying""",
+        CARRYING,
+    )
+    seconds = 2 * 4096 * 1024 * 2048 / (PRODUCTS * V5E.peak)
+    assert found == pytest.approx(START + seconds * V5E.clock, rel=1e-4)
+
+
 LOOP = """%body (p.3: f32[8]) -> f32[8] {
   %x.3 = f32[4096,4096]{1,0:T(8,128)} get-tuple-element(%p.3), index=0
   ROOT %y.3 = f32[4096,4096]{1,0:T(8,128)} negate(%x.3)
