@@ -8,8 +8,8 @@ The first compiles the training step and the sampling program of the run for tha
 memory, their time with what of it communication takes, and what the whole run comes to. `--search` looks for the
 layout: mesh, parts of a batch, recomputation. `--program=encoding` plans what makes the latents instead, `--profile`
 says where the time goes. A compilation takes minutes; that of a UNet of 866 M parameters ten, of one of 5 B, or with
-its parameters in parts, hours. `--memory` tells what a chip holds and sends, and not the time, in a few minutes of any.
-Needs jax[tpu]. Time is the compiler's estimate, for which see docs/tpu.md.
+its parameters in parts, hours. `--memory` ends it before there is code, after a few minutes of any: what a chip holds
+and sends is then the compiler's, and the time a roofline's. Needs jax[tpu]. For both kinds of time see docs/plans.
 
 `--table` prints every backbone of `ldm_jax.models.sizes`: its parameters and the cost of a forward pass for one image,
 counted layer by layer, beside what its paper prints of them. The cost is in the paper's unit at its size of latents:
@@ -60,7 +60,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--program", choices=tuple(programs.PROGRAMS), help=text)
     text = f"look for the fastest layout of the training step that fits, among the best N (default {FOUND}) that do"
     parser.add_argument("--search", type=int, nargs="?", const=FOUND, metavar="N", help=text)
-    text = "what a chip holds and sends, without the time: in a few minutes, where code takes the compiler hours"
+    text = "what a chip holds and sends, and the time by a roofline: in minutes, where code takes the compiler hours"
     parser.add_argument("--memory", action="store_true", help=text)
     text = "where the time goes, by module and by kind of operation"
     parser.add_argument("--profile", action="store_true", help=text)
@@ -78,8 +78,6 @@ def main(flags: argparse.Namespace) -> None:
     for name in ("slices", "search"):
         if (number := getattr(flags, name)) is not None and number < 1:
             raise UsageError(f"--{name} is {number}; it is at least 1")
-    if flags.memory and flags.profile:
-        raise UsageError("--memory stops before times are known, and --profile divides them")
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_enable_compilation_cache", False)  # it cannot hold programs for TPUs
     devices = topology(flags.topology, flags.slices)
@@ -102,12 +100,7 @@ def plan(flags: argparse.Namespace, devices: Sequence[Any]) -> Iterator[str]:
             yield f"{name}: {error} ({IMAGES[name]})" if name in IMAGES else f"{name}: {error}"
             continue
         try:
-            if flags.memory:
-                found = scheduled(program, config, flags.topology, flags.slices)
-                yield from memory(program, found.memory)
-                yield from communication(found.collectives)
-                continue
-            found = programs.compiled(program)
+            found = _compiled(program, config, flags)
         except OutOfMemory as error:
             yield from refusal(error, program, flags, devices)
             continue
@@ -154,7 +147,7 @@ def times(found: programs.Compiled) -> Iterator[str]:
     share = program.flops / (cost.seconds * count * row.peak)
     rate = program.images / cost.seconds
     yield (
-        f"  {cost.seconds * 1e3:.1f} ms: compute {cost.compute * 1e3:.1f}, attention kernels {cost.kernels * 1e3:.1f},"
+        f"  {_milliseconds(found)}: compute {cost.compute * 1e3:.1f}, attention kernels {cost.kernels * 1e3:.1f},"
         f" exposed communication {cost.exposed * 1e3:.1f} ({cost.exposed / cost.seconds:.1%}; in all"
         f" {cost.ici * 1e3:.1f} over ICI, {cost.dcn * 1e3:.1f} over DCN)"
     )
@@ -220,18 +213,13 @@ def search(flags: argparse.Namespace, devices: Sequence[Any]) -> Iterator[str]:
         guess = f"arithmetic: {estimate.seconds * 1e3:.0f} ms, {estimate.memory / GIB:.1f} GiB"
         program = programs.training(run, make_mesh(run.mesh, devices))
         try:
-            if flags.memory:
-                done = scheduled(program, run, flags.topology, flags.slices)
-                seconds, held, shown = estimate.seconds, done.memory, ""
-            else:
-                done = programs.compiled(program)
-                seconds, held = done.cost.seconds, done.cost.memory
-                shown = f"{seconds * 1e3:.1f} ms, "
+            done = _compiled(program, run, flags)
         except OutOfMemory as error:
             yield f"{estimate.layout}: {error} ({guess})"
             continue
-        yield f"{estimate.layout}: {shown}{(room - held.left) / GIB:.1f} GiB ({guess})"
-        best.append((seconds, estimate.layout))
+        held = (room - done.cost.memory.left) / GIB
+        yield f"{estimate.layout}: {_milliseconds(done)}, {held:.1f} GiB ({guess})"
+        best.append((done.cost.seconds, estimate.layout))
         if len(best) == flags.search:
             break
     if best:
@@ -258,6 +246,20 @@ def _beside(counted: float, printed: int | float) -> tuple[str, str, str]:
     if not printed:
         return f"{counted:.1f}", "", ""
     return f"{counted:.1f}", f"{printed:g}", f"{counted / printed - 1:+.1%}"
+
+
+def _compiled(
+    program: programs.Program, config: RunConfig, flags: argparse.Namespace
+) -> programs.Compiled:
+    if flags.memory:
+        return scheduled(program, config, flags.topology, flags.slices)
+    return programs.compiled(program)
+
+
+def _milliseconds(found: programs.Compiled) -> str:
+    """Of one run, as exactly as they are known."""
+    time = found.cost.seconds * 1e3
+    return f"{time:.1f} ms" if found.generated else f"about {time:.0f} ms by roofline"
 
 
 def _chip(program: programs.Program) -> Chip:

@@ -47,6 +47,11 @@ class Compiled(NamedTuple):
     cost: Cost
 
     @property
+    def generated(self) -> bool:
+        """Whether there is code, so that times are the compiler's; otherwise they are a roofline's."""
+        return self.cost.memory.code > 0
+
+    @property
     def profile(self) -> Profile:
         """Where its seconds go."""
         return profile(self.text, list(self.program.mesh.devices.flat))

@@ -1,11 +1,14 @@
-"""Programs of a run compiled up to code generation: what a chip holds and sends, in minutes where code takes hours."""
+"""Programs of a run compiled up to code generation, in minutes where code takes hours.
+
+What a chip holds and sends is then as the compiler has it, the time is that of a roofline (`parallel.roofline`).
+"""
 
 import json
 import os
 import re
 import sys
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 
@@ -15,29 +18,23 @@ from ldm_jax.configuration import from_json, to_json
 from ldm_jax.parallel import make_mesh
 from ldm_jax.parallel.aot import topology
 from ldm_jax.parallel.chips import chip
-from ldm_jax.parallel.collectives import Collective, collectives
-from ldm_jax.parallel.cost import Memory, OutOfMemory, memory_of
+from ldm_jax.parallel.cost import OutOfMemory, cost
+from ldm_jax.parallel.roofline import timed
 from ldm_jax.parallel.schedule import Schedule, run_to_schedule
 
 SIZES = "needed and available:"  # what it says then
 NO_ROOM = 3  # exit status of the process that compiles: the program does not fit
 
 
-class Scheduled(NamedTuple):
-    """A program with the memory and the collectives that the compiler gave it."""
-
-    program: programs.Program
-    memory: Memory  # without code
-    collectives: list[Collective]
-
-
-def scheduled(program: programs.Program, config: RunConfig, slice_: str, slices: int) -> Scheduled:
+def scheduled(
+    program: programs.Program, config: RunConfig, slice_: str, slices: int
+) -> programs.Compiled:
     """Compiles a program of `programs`, built of `config` for slices such as "v5e:16x16", without its code.
 
     Raises:
       OutOfMemory: it does not fit the memory of a device.
       OSError: the compiler failed.
-      ValueError: as `collectives`.
+      ValueError: as `parallel.cost.cost`.
     """
     given = {"config": to_json(config), "topology": slice_, "slices": slices, "name": program.name}
     with programs.progress(program.name, programs.SCHEDULE):
@@ -52,8 +49,8 @@ def scheduled(program: programs.Program, config: RunConfig, slice_: str, slices:
             f"the compiler of {program.name} ended with status {found.returncode}: {last}"
         )
     devices = list(program.mesh.devices.flat)
-    memory = memory_of(found.memory, chip(devices[0].device_kind).hbm)
-    return Scheduled(program, memory, collectives(found.text, devices))
+    text = timed(found.text, chip(devices[0].device_kind))
+    return programs.Compiled(program, text, cost(text, found.memory, devices))
 
 
 def compile_given(text: str) -> int:

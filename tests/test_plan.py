@@ -43,7 +43,6 @@ def test_the_table_has_every_backbone_beside_what_is_printed_of_it(capsys):
         (("--topology=v5e:2x4",), "takes --config=FILE"),
         ((*SMALL, "--topology=v5e:2x4", "--slices=0"), "--slices is 0"),
         ((*SMALL, "--topology=v5e:2x4", "--search=0"), "--search is 0"),
-        ((*SMALL, "--topology=v5e:2x4", "--memory", "--profile"), "--memory stops before times"),
     ],
 )
 def test_what_is_missing_is_said(words, sentence):
@@ -89,7 +88,7 @@ def test_a_plan_adds_up():
 
 
 @pytest.mark.slow
-def test_memory_before_code_is_that_of_the_whole_compilation():
+def test_before_code_memory_is_that_of_the_whole_compilation_and_the_time_near_it():
     words = ("--topology=v5p:2x2x1", "--config.mesh.data=1", "--config.mesh.fsdp=4")
     whole = planned(*words, "--program=training")
     early = planned(*words, "--program=training", "--memory")
@@ -99,7 +98,16 @@ def test_memory_before_code_is_that_of_the_whole_compilation():
     assert number(r"temporaries ([\d.]+)", early) == pytest.approx(temporaries, rel=0.05, abs=0.02)
     sent = [re.findall(r"\d+ x [a-z\-]+ among .*", text) for text in (early, whole)]
     assert sent[0] == sent[1] != []
-    assert "images/s" not in early and "for the program" in early
+    assert "for the program" in early
+    for name in (r"exposed communication", "attention kernels"):
+        assert number(rf"{name} ([\d.]+)", early) == pytest.approx(
+            number(rf"{name} ([\d.]+)", whole), abs=0.3
+        )
+    computed = [number(r"compute ([\d.]+)", text) for text in (early, whole)]
+    assert 0.65 < computed[0] / computed[1] < 1
+    total = number(r"about (\d+) ms by roofline", early)
+    assert number(r"([\d.]+) images/s", early) == pytest.approx(32e3 / total, rel=0.15)
+    assert "by roofline" not in whole
 
 
 @pytest.mark.slow
@@ -113,6 +121,7 @@ def test_what_does_not_fit_is_refused_before_code():
     assert re.search(r"training: does not fit: a program needs [\d.]+ GiB a device", text)
     found = planned(words[0], "--config.train.batch=512", "--search=1", "--memory")
     assert "fit by arithmetic" in found and "fastest: --config.mesh.data=" in found
+    assert re.search(r": about \d+ ms by roofline, [\d.]+ GiB \(arithmetic", found)
 
 
 def test_encoding_is_planned_by_its_own_batch():

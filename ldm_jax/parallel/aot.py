@@ -22,8 +22,9 @@ _PRODUCTS = {"fwd": 2, "dkv": 5}
 
 _COMPUTATION = re.compile(r"^(ENTRY )?%([\w.\-]+) .*\{$")
 _LINE = re.compile(r"^\s*(?:ROOT )?%([\w.\-]+) = (.*?) ([a-z][\w\-]*)\((.*)$")
-_CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
+CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+_ARRAY = re.compile(r"\b(pred|bf16|[a-z]\d+\w*)\[([\d,]*)\](\{[^}]*\})?")
 _SCOPE = re.compile(r'op_name="([^"]*)"')
 _FRAME = re.compile(r"stack_frame_id=(\d+)")
 
@@ -40,7 +41,7 @@ class Line(NamedTuple):
     @property
     def cycles(self) -> int:
         """Of one execution, without what it calls; 0 where the compiler does not know."""
-        found = _CYCLES.search(self.text)
+        found = CYCLES.search(self.text)
         return int(found[1]) if found else 0
 
     @property
@@ -59,6 +60,15 @@ class Line(NamedTuple):
         """The name of the computation that it runs as its `key`: "body", "calls", ..."""
         found = re.search(rf"\b{key}=%([\w.\-]+)", self.text)
         return found[1] if found else ""
+
+
+class Array(NamedTuple):
+    """An array in a line's shape."""
+
+    dtype: str
+    elements: int
+    bytes: float  # of an element
+    layout: str  # "{1,0:T(8,128)S(1)}", where S says a memory that is not HBM
 
 
 Computations = dict[str, list[Line]]  # by name; the one that a run begins with is ENTRY
@@ -107,7 +117,9 @@ def parse(text: str) -> Computations:
             name, shape, operation, rest = line.groups()
             operands = re.findall(r"%([\w.\-]+)", rest.split("), ")[0])
             lines.append(Line(name, shape, operation, tuple(operands), row))
-        elif lines and row != "}":  # attributes of kernels run over several rows
+        elif row == "}":
+            lines = []
+        elif lines:  # attributes of kernels run over several rows
             lines[-1] = lines[-1]._replace(text=f"{lines[-1].text}\n{row}")
     return found
 
@@ -191,7 +203,7 @@ def instructions(text: str) -> Iterator[Instruction]:
     computations = parse(text)
     for name, times in executions(computations):
         for line in computations[name]:
-            if line.operation == "custom-call" or _CYCLES.search(line.text):
+            if line.operation == "custom-call" or CYCLES.search(line.text):
                 yield Instruction(line.operation, line.cycles, times, line.scope, line.text)
 
 
@@ -228,6 +240,16 @@ def kernel_flops(line: Line | Instruction) -> float:
     return float(_PRODUCTS[found[1]] * 2 * math.prod((batch, heads, queries, max(k), width)))
 
 
+def arrays(shape: str) -> list[Array]:
+    """Those of a shape, which is of one array or of a tuple of such."""
+    found = []
+    for dtype, dims, layout in _ARRAY.findall(shape):
+        bits = re.search(r"\d+", dtype)  # none in "pred", which takes a byte
+        size = int(bits[0]) / 8 if bits else 1.0
+        found.append(Array(dtype, math.prod(integers(dims)), size, layout))
+    return found
+
+
 def integers(text: str | None) -> list[int]:
     """The numbers of "2,4"."""
     return [int(number) for number in (text or "").split(",") if number]
@@ -250,11 +272,11 @@ def _counter(
 ) -> tuple[int | None, int | None, int | None]:
     """Start, step and end of what a loop counts upwards; None for what is no constant."""
     body, condition = (computations[loop.called(key)] for key in ("body", "condition"))
-    test = _root(condition)
+    test = root(condition)
     counter, bound = (_named(condition, operand) for operand in test.operands)
     index = int(re.findall(r"\bindex=(\d+)", counter.text)[0])
     start = _element(computations[name], loop.operands[0], index)
-    step = _copied(body, _element(body, _root(body).name, index))
+    step = _copied(body, _element(body, root(body).name, index))
     steps = [_integer(body, operand) for operand in step.operands]
     upwards = "direction=LT" in test.text and step.operation == "add"
     return (
@@ -264,7 +286,8 @@ def _counter(
     )
 
 
-def _root(lines: Sequence[Line]) -> Line:
+def root(lines: Sequence[Line]) -> Line:
+    """The line of a computation whose value the computation gives."""
     return next((line for line in lines if line.text.lstrip().startswith("ROOT")), lines[-1])
 
 

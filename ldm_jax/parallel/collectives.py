@@ -23,6 +23,7 @@ import numpy as np
 from ldm_jax.parallel.aot import (
     Computations,
     Line,
+    arrays,
     bodies,
     executions,
     integers,
@@ -34,7 +35,6 @@ from ldm_jax.parallel.chips import Chip, Device, chip, exchange_links, hops, lin
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 
-_ARRAY = re.compile(r"\b(pred|bf16|[a-z]\d+\w*)\[([\d,]*)\]")
 _CHAIN = re.compile(r'channel_id=\d+|chain_id="\d+"')
 _RENDEZVOUS = re.compile(r'_xla_host_transfer_rendezvous="([^"]*)"')
 _TRANSFER = re.compile(r'_xla_megascale_transfer_type="(\w+)"')
@@ -305,7 +305,7 @@ def _sent(
     found: _Found, groups: Sequence[Sequence[Device]], here: Sequence[Device], row: Chip
 ) -> Collective:
     """One execution, wholly exposed: in the group that takes longest."""
-    size, arrays = _bytes(found.shape), _ARRAY.findall(found.shape)
+    size, parts = _bytes(found.shape), arrays(found.shape)
     if found.line.operation.startswith("reduce-scatter") or (
         found.line.operation == "send" and found.kind == "all-gather"
     ):
@@ -315,9 +315,9 @@ def _sent(
     slices, *numbers = max(costs, key=lambda cost: sum(cost[-2:]))
     source = found.line if found.line.scope else found.outer
     return Collective(
-        *(found.kind, size, arrays[0][0] if arrays else "", len(groups[0]), int(slices), 1),
+        *(found.kind, size, parts[0].dtype if parts else "", len(groups[0]), int(slices), 1),
         *(*numbers, sum(numbers[-2:]), found.sliced),
-        *(tuple(math.prod(integers(dims)) for _, dims in arrays), source.scope, source.frame),
+        *(tuple(part.elements for part in parts), source.scope, source.frame),
     )
 
 
@@ -349,11 +349,7 @@ def _cost(
 
 def _bytes(shape: str) -> int:
     """Of an array, or of all arrays of a tuple."""
-    total = 0
-    for dtype, dims in _ARRAY.findall(shape):
-        bits = re.search(r"\d+", dtype)  # none in "pred", which takes a byte
-        total += math.prod(integers(dims)) * (int(bits[0]) if bits else 8) // 8
-    return total
+    return sum(int(each.elements * each.bytes) for each in arrays(shape))
 
 
 # ---- what computation hides ----

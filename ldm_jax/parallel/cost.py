@@ -1,8 +1,9 @@
 """What a program compiled for TPUs costs: its time, where that goes, its memory, and what it wastes.
 
-Time is what one device computes, the compiler's cycles by the clock of the chip, plus its attention kernels, plus what
-collectives leave uncovered. The compiler's cycles are an estimate: it takes elementwise work on bfloat16 to be as slow
-as on float32, and transfers between HBM and fast memory to be hidden.
+Time is what one device computes, the compiler's cycles by the clock of the chip (where there is no code, those of
+`parallel.roofline`), plus its attention kernels, plus what collectives leave uncovered. The compiler's cycles are an
+estimate: it takes elementwise work on bfloat16 to be as slow as on float32, and transfers between HBM and fast memory
+to be hidden.
 """
 
 import collections
@@ -19,7 +20,6 @@ from ldm_jax.parallel.aot import (
     Line,
     bodies,
     executions,
-    integers,
     kernel_flops,
     modules,
     parse,
@@ -27,6 +27,7 @@ from ldm_jax.parallel.aot import (
 )
 from ldm_jax.parallel.chips import Device, chip
 from ldm_jax.parallel.collectives import KINDS, Collective, collectives
+from ldm_jax.parallel.products import product_name, products
 from ldm_jax.types import BATCH_AXES
 
 WASTED = 0.25  # of the matrix unit's cells by padding: from there on `wasteful` warns
@@ -204,7 +205,7 @@ def _kind(lines: Sequence[Line]) -> str:
     operations = {line.operation for line in lines}
     for line in lines:
         if line.operation == "convolution":  # so TPUs compute products of matrices, too
-            return "convolution" if _convolves(line) else "dot"
+            return product_name(line)
     for operation in ("dot", *_ALONE):
         if operation in operations:
             return operation
@@ -213,12 +214,6 @@ def _kind(lines: Sequence[Line]) -> str:
     if operations & set(KINDS):
         return _COLLECTIVE
     return "copy" if operations <= _MOVES else "elementwise"
-
-
-def _convolves(line: Line) -> bool:
-    if "dot_general" in line.scope or "conv_general" in line.scope:
-        return "conv_general" in line.scope
-    return bool(re.search(r"dim_labels=\w*\d", line.text))
 
 
 def _source(lines: Sequence[Line]) -> Line:
@@ -276,56 +271,13 @@ def _padded(computations: Computations, devices: Sequence[Device]) -> Iterator[t
     for name, times in executions(computations):
         for line in computations[name]:
             time = times * seconds(line, row)
-            for what, sizes in _products(computations, computations[name], line) if time else ():
-                if (used := _used(*sizes)) < 1 - WASTED:
-                    text = "{0} x {1} by {1} x {2}".format(*sizes)
-                    yield f"a {what} of {text} fills {used:.0%} of the matrix unit", time
-
-
-def _products(
-    computations: Computations, lines: Sequence[Line], line: Line
-) -> Iterator[tuple[str, tuple[int, int, int]]]:
-    """The products of matrices in an instruction of `lines`, and their sizes."""
-    if line.operation == "convolution":
-        yield "convolution" if _convolves(line) else "dot", _matrix(lines, line)
-    for body in bodies(computations, line):
-        for inner in body:
-            if inner.operation == "convolution":
-                yield "convolution" if _convolves(inner) else "dot", _matrix(body, inner)
-
-
-def _matrix(lines: Sequence[Line], product: Line) -> tuple[int, int, int]:
-    """Rows, inner size and columns of the product of matrices that a convolution is, its taps among the inner."""
-    shapes = {line.name: line.shape for line in lines}
-    left, right = (_dims(shapes[name]) for name in product.operands[:2])
-    ((of_left, of_right),) = re.findall(r"dim_labels=(\w+)_(\w+)->", product.text)
-    window, dilation = (_sizes(product, key) for key in ("size", "lhs_dilate"))
-    inner = left[of_left.index("f")]
-    for number, size in enumerate(window):
-        # As many taps as there are places, and one where examples of a batched product are laid out as places.
-        batched = dilation[number : number + 1] == [size]
-        inner *= 1 if batched else min(size, left[of_left.index(str(number))])
-    columns = right[of_right.index("o")]
-    return math.prod(_dims(product.shape)) // columns, inner, columns
-
-
-def _sizes(product: Line, key: str) -> list[int]:
-    found = re.search(rf"\b{key}=([\dx]+)", product.text)
-    return [int(size) for size in found[1].split("x")] if found else []
-
-
-def _used(rows: int, inner: int, columns: int) -> float:
-    """The share of the matrix unit that computes: one matrix fills tiles of 128 x 128, the other comes in eights."""
-
-    def full(size: int, tile: int) -> float:
-        return size / (-(-size // tile) * tile)
-
-    other = max(full(columns, 128) * full(rows, 8), full(rows, 128) * full(columns, 8))
-    return full(inner, 128) * other
-
-
-def _dims(shape: str) -> list[int]:
-    return integers(re.findall(r"\[([\d,]*)\]", shape)[0])
+            for each in products(computations, computations[name], line) if time else ():
+                if each.filled < 1 - WASTED:
+                    sizes = "{0} x {1} by {1} x {2}".format(*each.sizes)
+                    yield (
+                        f"a {each.name} of {sizes} fills {each.filled:.0%} of the matrix unit",
+                        time,
+                    )
 
 
 def _unscattered(sent: Sequence[Collective]) -> Iterator[tuple[str, float]]:
