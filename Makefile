@@ -1,15 +1,17 @@
 # make demo    sets up and runs the main job: encode, train, report
+# make study   sets up and runs the study of sampling efficiency, an hour on two cores
 # make test    sets up and runs the fast tests
 # make test-parity    the same beside torch, diffusers, transformers, torch-fidelity, clean-fid and lpips, with live
 #                     comparisons
 #
-# Both need Python 3.11 or later, make and a package index, and may be run again at any time.
+# All need Python 3.11 or later, make and a package index, and may be run again at any time.
 # Another interpreter: make PYTHON=python3.12 VENV=.venv-3.12 test
 
 PYTHON ?= python3
 VENV ?= .venv
 EXTRAS ?= test
 WORKDIR ?= runs/demo
+STUDY ?= runs/efficiency
 # A file of tests is one worker's, as what it sets up is shared; more than four take too much memory.
 PYTEST_FLAGS ?= --numprocesses=auto --maxprocesses=4 --dist=loadfile --no-loadscope-reorder
 # Two virtual devices keep two cores busier than one does.
@@ -22,13 +24,16 @@ PIP_INSTALL := $(RUN) pip install --quiet --disable-pip-version-check
 # tests/parity.py says why.
 ASIDE := --no-deps --upgrade --target=$(VENV)/parity
 
-.PHONY: demo test test-slow test-parity test-all lint install clean
+.PHONY: demo study test test-slow test-parity test-all lint install clean
 .DELETE_ON_ERROR:
 
 demo: install
 	export XLA_FLAGS="$(DEMO_FLAGS)"; $(RUN) ldm_jax.encode --config=configs/demo.py --workdir=$(WORKDIR)
 	export XLA_FLAGS="$(DEMO_FLAGS)"; $(RUN) ldm_jax.train --workdir=$(WORKDIR)
 	$(RUN) ldm_jax.report --workdir=$(WORKDIR)
+
+study: install
+	XLA_FLAGS="$(DEMO_FLAGS)" $(BIN)/python experiments/sampling_efficiency/study.py --workdir=$(STUDY)
 
 test: install
 	$(RUN) pytest -q -m "not slow" $(PYTEST_FLAGS)

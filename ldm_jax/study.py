@@ -22,7 +22,7 @@ import numpy as np
 from etils import epath
 
 from ldm_jax import build, diffusion, encode, train
-from ldm_jax.config import RunConfig, SamplingConfig
+from ldm_jax.config import RunConfig, SamplingConfig, claim
 from ldm_jax.configuration import check_name, to_json
 from ldm_jax.data.durable import alone_in
 from ldm_jax.diffusion import SAMPLERS
@@ -42,7 +42,6 @@ from ldm_jax.scaling.records import (
     read_records,
 )
 from ldm_jax.training import Stopwatch
-from ldm_jax.types import Estimate
 
 LEDGER = "records.jsonl"
 _log = logging.getLogger(__name__)
@@ -153,8 +152,8 @@ def run(study: SamplingStudy, workdir: epath.PathLike) -> list[SamplingRecord]:
     workdir.mkdir(parents=True, exist_ok=True)
     with alone_in(workdir) if distributed.is_first() else contextlib.nullcontext():
         train.keep_programs(workdir)
-        ledger = Ledger(study, workdir / LEDGER)
         found = [placed(model, workdir) for model in models(study)]
+        ledger = Ledger(study, workdir / LEDGER, sum(count_cells(study, model) for model in found))
         if jax.process_count() == 1:
             encode.main(argparse.Namespace(config=found[0].config, workdir=workdir))
         for model in found:
@@ -172,13 +171,24 @@ def placed(model: Model, workdir: epath.Path) -> Model:
     return model._replace(config=dataclasses.replace(config, data=data))
 
 
+def scales_of(study: SamplingStudy, way: Way) -> int:
+    """At how many scales of guidance a way is sampled."""
+    return len(study.guidance) if way.sampler == study.sampler else 1
+
+
+def count_cells(study: SamplingStudy, model: Model) -> int:
+    """How many records a model comes to."""
+    return len(study.seeds) * sum(scales_of(study, way) for way in model.ways)
+
+
 def home(model: Model, workdir: epath.Path) -> epath.Path:
     """Where a model is trained and sampled."""
     return workdir / "models" / model.name
 
 
 def trained(model: Model, directory: epath.Path) -> None:
-    """Trains a model, if that is not done."""
+    """Trains a model, if that is not done. Raises ValueError where the directory holds another run."""
+    claim(model.config, directory, write=False)
     path, wanted = directory / "record.jsonl", model.config.train.examples
     done = path.exists() and any(r.examples >= wanted for r in read_records(RunRecord, path))
     if not distributed.agreed(bool(done)):
@@ -190,10 +200,10 @@ def trained(model: Model, directory: epath.Path) -> None:
 class Ledger:
     """The records of one grid by one commit; the first process has them and writes them."""
 
-    def __init__(self, study: SamplingStudy, path: epath.PathLike) -> None:
-        """Reads what is there, and says what of it is of another grid or commit."""
+    def __init__(self, study: SamplingStudy, path: epath.PathLike, total: int) -> None:
+        """Reads what is there of `total` cells, and says what is of another grid or commit."""
         self.own = {"study": study.name, "grid": study.digest, "commit": commit()}
-        self._path, self._found = epath.Path(path), {}
+        self._path, self._total, self._found = epath.Path(path), total, {}
         if distributed.is_first() and self._path.exists():
             records = read_records(SamplingRecord, path)
             own = [r for r in records if [r.study, r.grid, r.commit] == [*self.own.values()]]
@@ -216,16 +226,13 @@ class Ledger:
         """Writes the record of a cell."""
         append_record(self._path, record)
         self._found[_place(record)] = record
-        score = next(iter(record.scores.items()), None)
-        _log.info("%d: %s%s", len(self._found), " ".join(map(str, _place(record))), _shown(score))
+        where = " ".join(map(str, _place(record)))
+        scores = ", ".join(f"{name} {score.value:.4g}" for name, score in record.scores.items())
+        _log.info("%d of %d cells: %s: %s", len(self._found), self._total, where, scores)
 
 
 def _place(record: SamplingRecord) -> tuple[str, str, int, float, int]:
     return record.model, record.sampler, record.steps, record.guidance, record.seed
-
-
-def _shown(score: tuple[str, Estimate] | None) -> str:
-    return f", {score[0]} {score[1].value:.4g}" if score else ""
 
 
 def sampled(study: SamplingStudy, model: Model, directory: epath.Path, ledger: Ledger) -> None:
@@ -322,14 +329,13 @@ class Need(NamedTuple):
 
 
 def needs(study: SamplingStudy) -> Iterator[Need]:
-    """Training and sampling, model by model. The best of `others` is drawn once: where all have one scale."""
+    """Training and sampling, model by model."""
     each = study.prompts * len(study.seeds)
     for model in models(study):
         examples = model.config.train.examples
         yield Need(f"train {model.name}", examples, model.count.training_flops * examples)
-        scales = [len(study.guidance) if way.sampler == study.sampler else 1 for way in model.ways]
-        flops = math.fsum(way.flops * n for way, n in zip(model.ways, scales, strict=True))
-        yield Need(f"sample {model.name}", each * sum(scales), each * flops)
+        flops = math.fsum(way.flops * scales_of(study, way) for way in model.ways)
+        yield Need(f"sample {model.name}", study.prompts * count_cells(study, model), each * flops)
 
 
 def plan(study: SamplingStudy, topology: str, mfu: float) -> Iterator[str]:

@@ -198,7 +198,7 @@ def test_records_of_another_grid_or_commit_are_kept_apart_and_said(tmp_path, mon
     path = tmp_path / "records.jsonl"
     for one in (record(), record(grid="other"), record(commit="d")):
         append_record(path, one)
-    ledger = study.Ledger(GRID, path)
+    ledger = study.Ledger(GRID, path, 28)
     assert ledger.records == [record()]
     assert "2 records of another grid or commit, kept apart" in caplog.text
 

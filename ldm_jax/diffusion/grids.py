@@ -80,9 +80,16 @@ class Trailing:
 
 @dataclass(frozen=True)
 class Linspace:
-    """S indices evenly from the last one down to 0, then the clean image."""
+    """S indices evenly from the last one down to 0, then the clean image.
+
+    Where they are no whole numbers they are rounded, as diffusers' DDIM, DDPM and DPMSolverMultistep
+    do, or the points lie `between` two indices, as in diffusers' Euler and Heun schedulers.
+    """
 
     skipped: int = 0  # lowest indices left out: 1 as in diffusers' DPMSolverMultistep
+    between: bool = (
+        False  # points between indices, whose ratios of noise to signal are interpolated
+    )
 
     def __post_init__(self) -> None:
         _check_skipped(self)
@@ -91,8 +98,11 @@ class Linspace:
         total = _indices(schedule, self, steps)
         if steps + self.skipped < 2:
             raise ValueError(f"{self} needs at least 2 steps for its two ends, got {steps}")
-        index = np.round(np.linspace(0, total - 1, steps + self.skipped))[self.skipped :][::-1]
-        return _walk(schedule, index, ends_clean=True)
+        index = np.linspace(0, total - 1, steps + self.skipped)[self.skipped :][::-1]
+        if not self.between:
+            return _walk(schedule, np.round(index), ends_clean=True)
+        ratios = np.interp(index, np.arange(total), _levels(schedule, total))
+        return _ended(_of_ratios(ratios, told=index), _CLEAN)
 
 
 @dataclass(frozen=True)
@@ -255,11 +265,21 @@ def _at_ratios(schedule: Schedule, ratios: Float[np.ndarray, " S"], whole: bool)
     """The points of a schedule with these ratios of noise to signal, and the clean end."""
     if schedule.steps is None:
         return _ended(schedule(_times(schedule, ratios)), _CLEAN)
-    levels = _ratio(schedule((np.arange(schedule.steps) + 0.5) / schedule.steps))
-    # All discrete schedules preserve variance. What the network is told lies between two indices.
+    levels = _levels(schedule, schedule.steps)
+    # What the network is told lies between two indices.
     told = np.interp(np.log(ratios), np.log(levels), np.arange(float(schedule.steps)))
+    return _ended(_of_ratios(ratios, np.round(told) if whole else told), _CLEAN)
+
+
+def _levels(schedule: Schedule, total: int) -> Float[np.ndarray, " total"]:
+    """The ratios of noise to signal at all indices."""
+    return _ratio(schedule((np.arange(total) + 0.5) / total))
+
+
+def _of_ratios(ratios: Float[np.ndarray, " S"], told: Float[np.ndarray, " S"]) -> Point:
+    """Points of a schedule that preserves variance, as all discrete ones do."""
     alpha = 1 / np.sqrt(1 + ratios**2)
-    return _ended(Point(alpha, ratios * alpha, np.round(told) if whole else told), _CLEAN)
+    return Point(alpha, ratios * alpha, told)
 
 
 def _times(schedule: Schedule, ratios: Float[np.ndarray, " S"]) -> Float[np.ndarray, " S"]:

@@ -27,6 +27,7 @@ from ldm_jax.parallel import distributed
 from ldm_jax.scaling.records import append_line, commit, read_lines
 from ldm_jax.types import Pixels
 
+PATIENCE = 5  # seconds before progress is shown
 EXTREMES = 8  # images that are shown as best, and as worst
 SAME = ("reference_digest", "validated_by")  # what else a record's numbers depend on
 RECORDS, COMPARISONS = "scores.jsonl", "comparisons.jsonl"
@@ -103,7 +104,13 @@ def look(session: Session, work: Work, cell: Cell) -> tuple[int, float]:
     if start == count:
         return 0, 0.0
     times, ends = [time.perf_counter()], [start]
-    bar = tqdm(total=count, initial=start, unit=" images", disable=not distributed.is_first())
+    bar = tqdm(
+        total=count,
+        initial=start,
+        unit=" images",
+        delay=PATIENCE,
+        disable=not distributed.is_first(),
+    )
     bar.set_description(work.label)
     with bar:
         for first, part in work.parts(start=start, kept=count if session.keep else 0):

@@ -26,6 +26,7 @@ DISCRETE = [
     Trailing(ends_clean=False),
     Linspace(),
     Linspace(skipped=1),
+    Linspace(between=True),
 ]
 RATIOS = [Karras(), Karras(rho=3.0, lowest=0.05, highest=10.0), LogSNR(), LogSNR(lowest=0.1)]
 CONTINUOUS = [Cosine(), RectifiedFlow(), RectifiedFlow(shift=3.0)]
