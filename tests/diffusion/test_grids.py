@@ -26,7 +26,6 @@ DISCRETE = [
     Trailing(ends_clean=False),
     Linspace(),
     Linspace(skipped=1),
-    Linspace(between=True),
 ]
 RATIOS = [Karras(), Karras(rho=3.0, lowest=0.05, highest=10.0), LogSNR(), LogSNR(lowest=0.1)]
 CONTINUOUS = [Cosine(), RectifiedFlow(), RectifiedFlow(shift=3.0)]
@@ -37,6 +36,7 @@ PAIRS = [
     (RectifiedFlow(shift=3.0), Even(last=3 / 1002)),
     (ZERO_SNR, Trailing()),
     (ZERO_SNR, Karras()),
+    (ScaledLinear(), Linspace(between=True)),
 ]
 
 
@@ -55,11 +55,24 @@ def test_a_grid_walks_from_noise_to_data_in_f64(schedule, spacing, steps):
 def test_the_points_of_a_grid_lie_on_its_schedule(schedule, spacing):
     points = grid(schedule, spacing, 20)
     first = schedule(np.ones(1))
-    if not isinstance(spacing, Leading | Karras | LogSNR):
+    between = getattr(spacing, "between", False)
+    if not (between or isinstance(spacing, Leading | Karras | LogSNR)):
         assert points.sigma[0] == first.sigma[0] and points.told[0] == first.told[0]
-    if schedule.steps and not isinstance(spacing, Karras | LogSNR):
+    if schedule.steps and not (between or isinstance(spacing, Karras | LogSNR)):
         on_path = schedule((points.told[:-1] + 0.5) / schedule.steps)
         np.testing.assert_array_equal(points.alpha[:-1], on_path.alpha)
+
+
+def test_points_between_indices_lie_between_their_neighbours():
+    """Three steps ask for indices 999, 499.5 and 0: the ratio in the middle is the mean of two."""
+    points = grid(ScaledLinear(), Linspace(between=True), 3)
+    index = np.array([999, 500, 499, 0])
+    path = ScaledLinear()((index + 0.5) / 1000)
+    ratios = path.sigma / path.alpha
+    np.testing.assert_array_equal(points.told[:-1], [999, 499.5, 0])
+    expected = [ratios[0], (ratios[1] + ratios[2]) / 2, ratios[3]]
+    np.testing.assert_allclose(points.sigma[:-1] / points.alpha[:-1], expected, rtol=1e-12)
+    np.testing.assert_allclose(points.alpha**2 + points.sigma**2, 1, rtol=1e-12)
 
 
 def test_stable_diffusion_with_ddim_ends_at_the_first_index():
