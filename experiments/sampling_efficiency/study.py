@@ -43,7 +43,7 @@ BATCH = 2048
 def scenes() -> study.SamplingStudy:
     """The default: an hour on two cores."""
     return of_scenes(
-        examples=48_000,
+        examples=96_000,
         prompts=64,
         steps=(4, 8, 16, 32),
         guidance=(1.0, 2.0, 4.0, 7.5),
