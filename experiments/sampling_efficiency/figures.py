@@ -143,8 +143,7 @@ def efficiency_chart(found: Findings, curve: Curve, what: str) -> Paint:
                 markersize=3.5,
                 capsize=2,
             )
-        axes.set_xscale("log")
-        axes.xaxis.set_major_formatter("{x:g}")
+        plots.log_axis(axes.xaxis, x)
         axes.set_xlabel(COSTS[what])
         axes.set_ylabel(found.score + (", lower is better" if way < 0 else ""))
         axes.legend()

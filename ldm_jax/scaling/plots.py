@@ -12,6 +12,7 @@ import numpy as np
 from etils import epath
 from jaxtyping import Float, Int
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullLocator
 
@@ -103,10 +104,17 @@ def positive_axis(axes: Axes, values: Values) -> None:
     """The y axis of positive values: logarithmic, with plain numbers, where they span much."""
     known = np.array([value for value in values if np.isfinite(value) and value > 0])
     if known.size and known.max() > 6 * known.min():
-        axes.set_yscale("log")
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.yaxis.set_major_formatter("{x:g}")
-        axes.yaxis.set_minor_locator(NullLocator())
+        log_axis(axes.yaxis, known)
+
+
+def log_axis(axis: Axis, values: Values) -> None:
+    """A logarithmic axis with plain numbers: 1, 2, 5 of a decade, or decades where there are many."""
+    known = np.array([value for value in values if np.isfinite(value) and value > 0])
+    many = known.size and known.max() > 100 * known.min()
+    axis.axes.set(**{f"{axis.axis_name}scale": "log"})
+    axis.set_major_locator(LogLocator(subs=(1,) if many else (1, 2, 5)))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_locator(NullLocator())
 
 
 def curve(
