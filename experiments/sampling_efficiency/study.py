@@ -12,32 +12,29 @@ DIRECTORY/records.jsonl, next to it; the first two end with that.
 """
 
 import argparse
+import dataclasses
 import sys
 from pathlib import Path
 
 from etils import epath
 
 from ldm_jax import study
-from ldm_jax.config import DataConfig, EvalConfig, RunConfig, SamplingConfig, TrainConfig
-from ldm_jax.data.captions import CaptionPolicy
-from ldm_jax.diffusion import Weyl
-from ldm_jax.flags import UsageError, any_path, run_command
-from ldm_jax.models.sizes import backbone
-from ldm_jax.models.unet_config import UNetConfig
+from ldm_jax.config import EvalConfig, RunConfig, SamplingConfig
+from ldm_jax.configuration import from_config_dict
+from ldm_jax.flags import UsageError, any_path, load_config, run_command
 from ldm_jax.parallel import distributed
-from ldm_jax.training.optimizer import OptimizerConfig
 
 sys.path.insert(0, str(Path(__file__).parent))
 
 import figures
 
 NAME = "sampling_efficiency"
+CONFIGS = Path(__file__).parents[2] / "configs"
 # Channels of the first level by name, the width of a head beside them.
 FAMILY = {"78k": (8, 8), "284k": (16, 8), "617k": (24, 12), "1.1M": (32, 16), "2.4M": (48, 24)}
 PAPER = ("39m", "83m", "145m", "223m", "318m", "430m", "558m", "704m", "866m", "2b", "5b")
 RATES = (1.5, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0)  # A.4
 STEPS = (4, 6, 8, 10, 20, 50)  # A.4
-BATCH = 2048
 
 
 def scenes() -> study.SamplingStudy:
@@ -109,31 +106,18 @@ def of_scenes(*, examples, prompts, steps, guidance, seeds, others) -> study.Sam
 
 def of_width(channels, head, examples, prompts, scores, steps) -> RunConfig:
     """The demo's training of one size, evaluated on the study's own prompts."""
-    return RunConfig(
-        data=DataConfig(source="scenes:simple?count=20000", encode_batch=64),
-        captions=CaptionPolicy(dropout=0.1, alternatives=0.5),
-        backbone=UNetConfig(
-            channels=(channels, 2 * channels),
-            num_res_blocks=1,
-            transformer_depth=(1, 1),
-            head_width=head,
-            text_width=64,
-            num_groups=8,
-            sample_size=8,
-        ),
-        prediction="v",
-        draw=Weyl(),
-        optimizer=OptimizerConfig(
-            learning_rate=3e-3, warmup_examples=6_400, schedule="cosine", b2=0.99
-        ),
-        train=TrainConfig(
-            examples=examples, batch=64, ema=5_000.0, log_every=4_000, save_every=16_000
-        ),
+    config = loaded("demo.py")
+    widths = {"channels": (channels, 2 * channels), "head_width": head}
+    return dataclasses.replace(
+        config,
+        data=dataclasses.replace(config.data, validation=None),
+        backbone=dataclasses.replace(config.backbone, **widths),
+        train=dataclasses.replace(config.train, examples=examples, save_every=16_000),
         sampling=SamplingConfig(steps=steps, guidance=4.0, batch=64),
         eval=EvalConfig(
             every=examples,
             prompts=f"scenes:simple?count={prompts}",
-            reference="scenes:simple?count=1000&split=all&seed=2",
+            reference=config.eval.reference,
             validation=0,
             metrics=scores,
         ),
@@ -141,19 +125,15 @@ def of_width(channels, head, examples, prompts, scores, steps) -> RunConfig:
 
 
 def of_paper(name: str) -> RunConfig:
-    """A.2's training of one size: 500K steps of 2048 at 1e-4, the rest as Stable Diffusion has it."""
-    return RunConfig(
-        data=DataConfig(size=512),
-        captions=CaptionPolicy(dropout=0.1),
-        text_precision="bfloat16",
-        backbone=backbone(f"unet-{name}"),
-        prediction="eps",
-        optimizer=OptimizerConfig(learning_rate=1e-4, warmup_examples=0),
-        train=TrainConfig(
-            examples=500_000 * BATCH, batch=BATCH, precision="bfloat16", ema=10_000.0 * BATCH
-        ),
-        eval=EvalConfig(prompts="coco:annotations/captions_val2014.json?count=30000"),
-    )
+    """A.2's training of one size, as the config of the papers' backbones has it, on A's prompts."""
+    config = loaded(f"text_to_image.py:unet-{name}")
+    prompts = "coco:annotations/captions_val2014.json?count=30000"
+    return dataclasses.replace(config, eval=dataclasses.replace(config.eval, prompts=prompts))
+
+
+def loaded(name: str) -> RunConfig:
+    """A config of the project."""
+    return from_config_dict(load_config(str(CONFIGS / name)), RunConfig)
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
