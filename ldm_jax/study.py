@@ -8,6 +8,7 @@ is a line of WORKDIR/records.jsonl. `plan` says what the same grid comes to, and
 import argparse
 import contextlib
 import dataclasses
+import fnmatch
 import functools
 import hashlib
 import itertools
@@ -22,18 +23,21 @@ import numpy as np
 from etils import epath
 
 from ldm_jax import build, diffusion, encode, train
-from ldm_jax.config import RunConfig, SamplingConfig, claim
+from ldm_jax.config import RunConfig, SamplingConfig
 from ldm_jax.configuration import check_name, to_json
 from ldm_jax.data.durable import alone_in
 from ldm_jax.diffusion import SAMPLERS
 from ldm_jax.evals import LOWER_IS_BETTER, METRICS
 from ldm_jax.evals.cells import Cell
+from ldm_jax.evals.features import Features
+from ldm_jax.evals.scores import OfSets
 from ldm_jax.evals.session import Session, Work, look
 from ldm_jax.evaluate import Opened, open_model
 from ldm_jax.models.flops import Count, count
 from ldm_jax.parallel import distributed, make_mesh
 from ldm_jax.parallel.chips import slice_named
 from ldm_jax.programs import parts
+from ldm_jax.scaling import pages
 from ldm_jax.scaling.records import (
     RunRecord,
     SamplingRecord,
@@ -51,7 +55,7 @@ _log = logging.getLogger(__name__)
 class SamplingStudy:
     """A grid of models x samplers x steps x scales of guidance x seeds.
 
-    Raises ValueError for a grid that cannot be: a name that does not exist, steps below 1, nothing to compare.
+    Raises ValueError for a grid that cannot be: a name that does not exist, a thing given twice, nothing to compare.
     """
 
     name: str
@@ -79,8 +83,40 @@ class SamplingStudy:
         for name in self.scores:
             check_name(name, METRICS, "a score of the study")
         for field in ("steps", "guidance", "seeds", "scores"):
-            if not getattr(self, field):
-                raise ValueError(f"{field} of the study is empty")
+            values = getattr(self, field)
+            if not values or len(set(values)) < len(values):
+                raise ValueError(
+                    f"{field} of the study are {values}; they are one or more, each once"
+                )
+        if (
+            not all(map(math.isfinite, self.guidance))
+            or not 0 <= min(self.seeds) <= max(self.seeds) < 2**31
+        ):
+            raise ValueError(
+                f"the study has guidance {self.guidance} and seeds {self.seeds}: finite, and 0 to 2^31"
+            )
+        self._check_models()
+        self._check_others()
+
+    def _check_models(self) -> None:
+        if len(self.models) < 2 or self.prompts < 1:
+            raise ValueError(
+                f"the study has {len(self.models)} models and {self.prompts} prompts; it compares two models or more on"
+                " prompts"
+            )
+        if len({config.data for config in self.models.values()}) > 1:
+            raise ValueError(
+                "the models of a study share their latents, and these differ in `data`"
+            )
+        for name in self.scores:
+            if isinstance(METRICS[name], OfSets) and METRICS[name].expand is None:
+                raise ValueError(
+                    f"{name} has no numbers by prompt, of which a study makes intervals"
+                )
+
+    def _check_others(self) -> None:
+        if self.sampler in self.others:
+            raise ValueError(f"{self.sampler} is the study's sampler and one of the others, too")
         for name, steps in self.others.items():
             if alone := set(steps) - set(self.steps):
                 raise ValueError(
@@ -91,9 +127,29 @@ class SamplingStudy:
     @functools.cached_property
     def digest(self) -> str:
         """Of all that decides the cells; records of another one are of another study."""
-        settings = {name: json.loads(to_json(config)) for name, config in self.models.items()}
-        fields = vars(self) | {"models": settings}
-        return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
+        settings = {name: decisive(config) for name, config in self.models.items()}
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return _digest(fields | {"models": settings})
+
+
+# Settings that decide nothing of a model or its images; fnmatch patterns of dotted paths.
+INDIFFERENT = (
+    *("mesh.*", "data.records", "data.workers", "data.encode_batch", "train.log_every"),
+    *("train.save_every", "train.keep", "train.profile", "eval.shown", "eval.every"),
+)
+
+
+def decisive(config: RunConfig) -> dict[str, Any]:
+    """The settings of a run by dotted path, all but `INDIFFERENT` ones."""
+    return {
+        path: value
+        for path, value in pages.flat(json.loads(to_json(config)))
+        if not any(fnmatch.fnmatch(path, pattern) for pattern in INDIFFERENT)
+    }
+
+
+def _digest(facts: Any) -> str:
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
 
 class Way(NamedTuple):
@@ -132,21 +188,29 @@ def forward(config: RunConfig) -> Count:
 
 def ways(study: SamplingStudy, config: RunConfig, counted: Count, unit: int) -> Iterator[Way]:
     """How a model is sampled, as far as its cost may go; `unit` is what costs 1."""
-    named, once = {study.sampler: study.steps, **study.others}, counted.total.flops
-    for steps, name in itertools.product(study.steps, named):
-        sampling = dataclasses.replace(config.sampling, sampler=SAMPLERS[name](), steps=steps)
-        own = dataclasses.replace(config, sampling=sampling)
-        passes = int(diffusion.calls(sampling.sampler, build.walk(own)).sum())
-        cost = passes * once / unit
-        if steps in named[name] and cost <= study.cost:
-            yield Way(name, sampling, cost, float(build.evaluations(own) * once))
+    once = counted.total.flops
+    for steps in study.steps:
+        names = [study.sampler, *(name for name, own in study.others.items() if steps in own)]
+        for name in names:
+            sampling = dataclasses.replace(config.sampling, sampler=SAMPLERS[name](), steps=steps)
+            own = dataclasses.replace(config, sampling=sampling)
+            passes = int(diffusion.calls(sampling.sampler, build.walk(own)).sum())
+            cost = passes * once / unit
+            if cost <= study.cost:
+                yield Way(name, sampling, cost, float(build.evaluations(own) * once))
+            elif name == study.sampler:  # without it no guidance is the best
+                break
 
 
 def run(study: SamplingStudy, workdir: epath.PathLike) -> list[SamplingRecord]:
     """Trains and samples what is not there yet; the records of the grid.
 
     Of several processes, joined before, all call it, and the first one has the records. Their latents are to be made
-    before, in WORKDIR/latents. Raises ValueError where the directory of a model holds another run.
+    before, in WORKDIR/latents.
+
+    Raises:
+      ValueError: the directory is in a bucket and the latents have no place of their own, or the study has other
+        prompts than its models.
     """
     workdir = epath.Path(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
@@ -154,13 +218,24 @@ def run(study: SamplingStudy, workdir: epath.PathLike) -> list[SamplingRecord]:
         train.keep_programs(workdir)
         found = [placed(model, workdir) for model in models(study)]
         ledger = Ledger(study, workdir / LEDGER, sum(count_cells(study, model) for model in found))
+        build.records(found[0].config, workdir)  # or it is in a bucket
         if jax.process_count() == 1:
             encode.main(argparse.Namespace(config=found[0].config, workdir=workdir))
+        for model in found:
+            check_prompts(study, model, workdir)
         for model in found:
             trained(model, home(model, workdir))
         for model in found:
             sampled(study, model, home(model, workdir), ledger)
         return ledger.records
+
+
+def check_prompts(study: SamplingStudy, model: Model, workdir: epath.Path) -> None:
+    """Raises ValueError where a model has not as many prompts as the study is of."""
+    given = len(build.make_prompts(model.config, workdir).texts)
+    if given != study.prompts:
+        spec = model.config.eval.prompts
+        raise ValueError(f"the study is of {study.prompts} prompts, and {spec} has {given}")
 
 
 def placed(model: Model, workdir: epath.Path) -> Model:
@@ -182,15 +257,14 @@ def count_cells(study: SamplingStudy, model: Model) -> int:
 
 
 def home(model: Model, workdir: epath.Path) -> epath.Path:
-    """Where a model is trained and sampled."""
-    return workdir / "models" / model.name
+    """Where a model is trained and sampled: a directory of its own for everything that decides it."""
+    return workdir / "models" / f"{model.name}-{_digest(decisive(model.config))[:8]}"
 
 
 def trained(model: Model, directory: epath.Path) -> None:
-    """Trains a model, if that is not done. Raises ValueError where the directory holds another run."""
-    claim(model.config, directory, write=False)
+    """Trains a model, if that is not done."""
     path, wanted = directory / "record.jsonl", model.config.train.examples
-    done = path.exists() and any(r.examples >= wanted for r in read_records(RunRecord, path))
+    done = path.exists() and any(r.examples == wanted for r in read_records(RunRecord, path))
     if not distributed.agreed(bool(done)):
         _log.info("Training %s, of %.3g M parameters.", model.name, model.count.total.params / 1e6)
         directory.mkdir(parents=True, exist_ok=True)
@@ -222,13 +296,15 @@ class Ledger:
         """The record of a cell, if it is there."""
         return self._found.get((model, way.sampler, way.sampling.steps, guidance, seed))
 
-    def add(self, record: SamplingRecord) -> None:
+    def add(self, facts: Mapping[str, Any]) -> SamplingRecord:
         """Writes the record of a cell."""
+        record = SamplingRecord(**self.own, cells=self._total, **facts)
         append_record(self._path, record)
         self._found[_place(record)] = record
         where = " ".join(map(str, _place(record)))
         scores = ", ".join(f"{name} {score.value:.4g}" for name, score in record.scores.items())
         _log.info("%d of %d cells: %s: %s", len(self._found), self._total, where, scores)
+        return record
 
 
 def _place(record: SamplingRecord) -> tuple[str, str, int, float, int]:
@@ -237,7 +313,8 @@ def _place(record: SamplingRecord) -> tuple[str, str, int, float, int]:
 
 def sampled(study: SamplingStudy, model: Model, directory: epath.Path, ledger: Ledger) -> None:
     """Draws and scores every cell of a model that is not recorded; opens the model if there is one."""
-    opener = functools.cache(functools.partial(_opened, study, model, directory))
+    mesh = make_mesh(model.config.mesh)
+    opener = functools.cache(functools.partial(open_model, model.config, directory, mesh))
     best: dict[int, float] = {}
     for way in model.ways:
         steps, first = way.sampling.steps, way.sampler == study.sampler
@@ -245,14 +322,6 @@ def sampled(study: SamplingStudy, model: Model, directory: epath.Path, ledger: L
         found = list(cells(study, model, way, scales, opener, ledger))
         if first:
             best[steps] = scales[distributed.agreed(best_of(study, scales, found))]
-
-
-def _opened(study: SamplingStudy, model: Model, directory: epath.Path) -> Opened:
-    opened = open_model(model.config, directory, make_mesh(model.config.mesh))
-    if (given := len(opened.prompts.texts)) != study.prompts:
-        spec = model.config.eval.prompts
-        raise ValueError(f"the study is of {study.prompts} prompts, and {spec} has {given}")
-    return opened
 
 
 def cells(
@@ -264,44 +333,48 @@ def cells(
     ledger: Ledger,
 ) -> Iterator[SamplingRecord | None]:
     """The records of a way, scale by scale, those that are not there made now; None on other processes."""
-    places = list(itertools.product(scales, study.seeds))
     works = functools.cache(lambda: opener().works(way.sampling, scales, study.seeds))
-    warm = study.prompts > way.sampling.batch  # the rate is of what comes after the first batch
-    for number, (scale, seed) in enumerate(places):
+    warm = False  # whether the program has run
+    for number, (scale, seed) in enumerate(itertools.product(scales, study.seeds)):
         record = ledger.get(model.name, way, scale, seed)
         if distributed.agreed(record is None):
-            cost = {"cost": way.cost, "flops": way.flops}
-            where = {"steps": way.sampling.steps, "guidance": scale, "seed": seed}
-            made = scored(study, model, opener(), works()[number], ledger.own, timed=warm)
-            warm = True
-            if distributed.is_first():
-                record = SamplingRecord(sampler=way.sampler, **where, **cost, **ledger.own, **made)
-                ledger.add(record)
+            features, drawn, rate = seen(opener(), works()[number], ledger.own["commit"])
+            timed = warm or drawn > way.sampling.batch
+            warm = warm or drawn > 0
+            if features is not None:
+                where = {
+                    "guidance": scale,
+                    "seed": seed,
+                    "seconds": 1 / rate if timed and rate else None,
+                }
+                record = ledger.add(described(study, model, way, opener(), features) | where)
         yield record
 
 
-def scored(
-    study: SamplingStudy,
-    model: Model,
-    opened: Opened,
-    work: Work,
-    own: Mapping[str, str],
-    *,
-    timed: bool,
-) -> dict[str, Any]:
-    """What a record says of a cell that is drawn now: scores, numbers by prompt, seconds; {} on other processes."""
-    cell = Cell(opened.workdir, work.label, work.facts | {"code": own["commit"]})
+def seen(opened: Opened, work: Work, code: str) -> tuple[Features | None, int, float]:
+    """The features of a cell, which are made where they are not there: how many, and how many a second.
+
+    On the first process; the others have None.
+    """
+    cell = Cell(opened.workdir, work.label, work.facts | {"code": code})
     session = Session(opened.workdir, opened.scoring.scores, {}, 0, False, {})
-    count, rate = look(session, work, cell)
-    if not distributed.is_first():
-        return {}
-    features = cell.finish()
+    drawn, rate = look(session, work, cell)
+    return cell.finish() if distributed.is_first() else None, drawn, rate
+
+
+def described(
+    study: SamplingStudy, model: Model, way: Way, opened: Opened, features: Features
+) -> dict[str, Any]:
+    """What a record says of a cell, but for its guidance, its seed and its time."""
     scores, values = opened.scoring.scores(features), opened.scoring.scores.by_prompt(features)
     return {
         "model": model.name,
         "params": model.count.total.params,
         "examples": opened.facts["model"]["examples"],
-        "seconds": 1 / rate if timed and count else None,
+        "sampler": way.sampler,
+        "steps": way.sampling.steps,
+        "cost": way.cost,
+        "flops": way.flops,
         "scores": {name: scores[name] for name in study.scores},
         "values": {name: [float(f"{x:.5g}") for x in values[name]] for name in study.scores},
         "chips": f"{jax.devices()[0].device_kind} x {jax.device_count()}",
@@ -317,7 +390,7 @@ def best_of(
     name = study.scores[0]
     sign = -1 if name in LOWER_IS_BETTER else 1
     means = [np.nanmean(record.values[name]) for record in found]
-    return int(np.argmax(sign * np.reshape(means, (len(scales), -1)).mean(axis=1)))
+    return int(np.nanargmax(sign * np.reshape(means, (len(scales), -1)).mean(axis=1)))
 
 
 class Need(NamedTuple):
@@ -341,6 +414,7 @@ def needs(study: SamplingStudy) -> Iterator[Need]:
 def plan(study: SamplingStudy, topology: str, mfu: float) -> Iterator[str]:
     """What a study comes to on a slice such as "v5e:16x16", line by line: FLOPs, days and chip-hours at this use of it.
 
+    The backbones alone are counted, as in paper A: encoding, text, decoding and scoring come on top.
     Raises ValueError for a slice that there is not, and an `mfu` outside (0, 1].
     """
     if not 0 < mfu <= 1:
@@ -351,7 +425,7 @@ def plan(study: SamplingStudy, topology: str, mfu: float) -> Iterator[str]:
     rate = chips * row.devices * row.peak * mfu
     found = list(needs(study))
     found += [Need(f"{kind} all", *_sum(found, kind)) for kind in ("train", "sample")]
-    yield f"{'':<20} {'images':>15} {'PFLOPs':>12} {'days':>9} {'chip-hours':>11}"
+    yield f"{'(backbones alone)':<20} {'images':>15} {'PFLOPs':>12} {'days':>9} {'chip-hours':>11}"
     for what, images, flops in found:
         hours = flops / rate / 3600
         yield f"{what:<20} {images:>15,} {flops / 1e15:>12,.0f} {hours / 24:>9.3f} {hours * chips:>11,.1f}"

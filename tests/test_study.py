@@ -1,7 +1,9 @@
 """A study makes every cell of its grid once, keeps other grids apart, and its plan counts what it will run."""
 
 import dataclasses
+import functools
 import importlib.util
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -9,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import runs
+from etils import epath
 
 from ldm_jax import diffusion, study
 from ldm_jax.flags import UsageError, parse
@@ -44,6 +47,9 @@ RUN = dataclasses.replace(
 LARGER = dataclasses.replace(
     RUN, backbone=dataclasses.replace(RUN.backbone, channels=(32,), head_width=32)
 )
+OTHER_DATA = dataclasses.replace(
+    RUN, data=dataclasses.replace(RUN.data, source="scenes:simple?count=49")
+)
 GRID = study.SamplingStudy(
     name="tiny",
     models={"small": RUN, "large": LARGER},
@@ -58,9 +64,8 @@ GRID = study.SamplingStudy(
 )
 
 
-def cells_of(model):
-    """ddim at two numbers of steps and two scales, heun at one, ddpm at two; two seeds each."""
-    return 2 * (2 * 2 + 1 + 2)
+# Of a model: ddim at two numbers of steps and two scales, heun at one, ddpm at two; two seeds each.
+CELLS = 2 * (2 * 2 + 1 + 2)
 
 
 def test_cost_is_relative_passes_and_flops_count_both_branches():
@@ -100,19 +105,31 @@ def test_plan_counts_every_image_and_every_training_example():
     _, large = study.models(GRID)
     assert found["train small"].images == 64
     assert found["train large"].flops == 64 * large.count.training_flops
-    assert found["sample large"].images == 8 * cells_of("large")
+    assert found["sample large"].images == 8 * CELLS
     once = large.count.total.flops
     assert found["sample large"].flops == 8 * 2 * 2 * once * (2 * (2 + 3) + 5 + 2 + 3)
 
 
 def test_plan_is_flops_by_the_slice():
-    *_, train, sample = study.plan(GRID, "v5e:4x4", 0.5)
-    needs = [need for need in study.needs(GRID) if need.what.startswith("train")]
-    flops = sum(need.flops for need in needs)
-    assert train.split()[:3] == ["train", "all", "128"]
-    hours = float(train.split()[-1])
-    np.testing.assert_allclose(hours, flops / (197e12 * 0.5) / 3600, atol=0.05)
-    assert sample.startswith("sample all")
+    """Two days of sixteen chips at half of their peak, and the same of one chip for 768 hours."""
+    flops = 2 * 24 * 3600 * 16 * 197e12 * 0.5
+    small, large = (model.count.training_flops for model in study.models(GRID))
+    longer = round(flops / (small + large))
+    models = {
+        name: dataclasses.replace(config, train=dataclasses.replace(config.train, examples=longer))
+        for name, config in GRID.models.items()
+    }
+    *_, train, _ = study.plan(dataclasses.replace(GRID, models=models), "v5e:4x4", 0.5)
+    assert train.split()[:2] == ["train", "all"]
+    images, petaflops, days, hours = (float(x.replace(",", "")) for x in train.split()[2:])
+    assert (images, days, hours) == (2 * longer, 2.0, 768.0)
+    np.testing.assert_allclose(petaflops, flops / 1e15, rtol=1e-3)
+
+
+def test_a_sampler_is_left_out_where_the_main_one_costs_too_much():
+    grid = dataclasses.replace(GRID, sampler="heun", others={"ddim": (3,)}, cost=4)
+    _, large = study.models(grid)
+    assert [(way.sampler, way.sampling.steps) for way in large.ways] == [("heun", 2)]
 
 
 @pytest.mark.parametrize(
@@ -121,7 +138,15 @@ def test_plan_is_flops_by_the_slice():
         ({"baseline": "huge"}, "baseline is 'huge'; allowed are small, large"),
         ({"sampler": "ddmi"}, "a sampler of the study is 'ddmi'"),
         ({"scores": ("fidd",)}, "a score of the study is 'fidd'"),
-        ({"seeds": ()}, "seeds of the study is empty"),
+        ({"seeds": ()}, r"seeds of the study are \(\); they are one or more, each once"),
+        ({"seeds": (0, 0)}, r"seeds of the study are \(0, 0\); they are one or more, each once"),
+        ({"seeds": (-1,)}, "seeds"),
+        ({"guidance": (float("nan"),)}, "finite"),
+        ({"prompts": 0}, "0 prompts"),
+        ({"models": {"large": LARGER}}, "1 models"),
+        ({"scores": ("precision_recall",)}, "no numbers by prompt"),
+        ({"others": {"ddim": (2,)}}, "ddim is the study's sampler and one of the others"),
+        ({"models": {"small": OTHER_DATA, "large": LARGER}}, "share their latents"),
         (
             {"others": {"heun": (2, 50)}},
             "heun is to take 50 steps, at which ddim has no best guidance",
@@ -203,6 +228,68 @@ def test_records_of_another_grid_or_commit_are_kept_apart_and_said(tmp_path, mon
     assert "2 records of another grid or commit, kept apart" in caplog.text
 
 
+def test_home_of_a_model_goes_by_all_that_decides_it(tmp_path):
+    """So that no directory is taken for another training, and the mesh may change."""
+
+    def home(config):
+        return study.home(study.Model("small", config, None, ()), epath.Path(tmp_path))
+
+    longer = dataclasses.replace(RUN, train=dataclasses.replace(RUN.train, examples=128))
+    saved = dataclasses.replace(RUN, train=dataclasses.replace(RUN.train, save_every=16))
+    mesh = dataclasses.replace(RUN, mesh=dataclasses.replace(RUN.mesh, fsdp=2))
+    assert home(longer) != home(RUN)
+    assert home(saved) == home(mesh) == home(RUN)
+
+
+def whole(commit="c", models=("small", "large"), cells=0):
+    """Records of two models of which the smaller is better, of one sampler."""
+    rng = np.random.default_rng(0)
+    for model, steps, seed in itertools.product(models, (2, 4, 8), (0, 1)):
+        cost = steps * (1 if model == "small" else 2)
+        values = (cost / 10 + (model == "small") + rng.normal(0, 0.1, 16)).tolist()
+        yield record(
+            **{"model": model, "steps": steps, "seed": seed, "cost": float(cost), "commit": commit},
+            **{"params": 10 if model == "small" else 20, "values": {"s": values}, "cells": cells},
+        )
+
+
+def written(directory, *records):
+    for one in records:
+        append_record(directory / study.LEDGER, one)
+    return directory
+
+
+def test_figures_are_of_one_grid_and_commit_and_say_what_is_kept_apart(tmp_path):
+    written(tmp_path, *whole(), record(commit="d"))
+    draw = functools.partial(load("figures").draw, tmp_path, tmp_path / study.LEDGER)
+    lines = list(draw(commit="c"))
+    assert lines[0].startswith("12 cells of grid")
+    assert any(line.startswith("kept apart: 1 cells") for line in lines)
+    assert any("with ddim: confirmed" in line for line in lines)
+    assert lines[0] != next(draw())  # the newest
+    with pytest.raises(ValueError, match="no records of grid '' by commit 'e'"):
+        next(draw(commit="e"))
+    with pytest.raises(FileNotFoundError):
+        next(load("figures").draw(tmp_path, tmp_path / "nothing.jsonl"))
+
+
+def test_unfinished_studies_say_so_everywhere(tmp_path):
+    written(tmp_path, *[*whole(cells=24)][:-1])
+    lines = list(load("figures").draw(tmp_path, tmp_path / study.LEDGER))
+    for note in ("the study is not finished", "left out: large, ddim, 8 steps"):
+        assert any(note in line for line in lines)
+    for name in ("page.html", "verdicts.json"):
+        assert "the study is not finished" in (tmp_path / name).read_text()
+
+
+def test_nothing_to_compare_is_null_for_programs(tmp_path):
+    written(tmp_path, *whole(models=("small",)))
+    lines = list(load("figures").draw(tmp_path, tmp_path / study.LEDGER))
+    assert any("nothing to compare" in line for line in lines)
+    found = json.loads((tmp_path / "verdicts.json").read_text())
+    assert found["s"]["smaller_is_better"]["ddim"] == {"verdict": "undecided", "wins": None}
+
+
 def test_paper_scale_is_the_papers_own_grid():
     paper = load("study").paper()
     counted = {model.name: model for model in study.models(paper)}
@@ -251,10 +338,11 @@ def test_study_killed_in_the_middle_continues_and_ends_as_if_undisturbed(tmp_pat
 
     def kill_after(count):
         def added(self, found):
-            add(self, found)
             begun.append(found)
+            made = add(self, found)
             if len(begun) == count:
                 raise Killed
+            return made
 
         return added
 
@@ -262,15 +350,19 @@ def test_study_killed_in_the_middle_continues_and_ends_as_if_undisturbed(tmp_pat
     with pytest.raises(Killed):
         study.run(GRID, tmp_path / "killed")
     found = study.run(GRID, tmp_path / "killed")
-    whole = study.run(GRID, tmp_path / "whole")
-    assert len(found) == len(whole) == cells_of("small") + cells_of("large")
-    assert len(begun) == 2 * len(whole)  # each cell was drawn once in either directory
-    for one, other in zip(found, whole, strict=True):
+    undisturbed = study.run(GRID, tmp_path / "whole")
+    assert len(found) == len(undisturbed) == 2 * CELLS
+    assert len(begun) == 2 * len(undisturbed)  # each cell was drawn once in either directory
+    # The first cell of each program compiles; of the others each is timed.
+    cold = len(GRID.models) * len({(r.sampler, r.steps) for r in undisturbed})
+    assert sum(r.seconds is None for r in undisturbed) == cold
+    assert all(r.seconds is None or r.seconds > 0 for r in found)
+    for one, other in zip(found, undisturbed, strict=True):
         timeless = dataclasses.replace(one, seconds=None)
         assert timeless == dataclasses.replace(other, seconds=None)
-    rates = {(r.model, r.steps, r.guidance) for r in whole if r.sampler != "ddim"}
+    rates = {(r.model, r.steps, r.guidance) for r in undisturbed if r.sampler != "ddim"}
     assert len(rates) == 4  # one scale for a model and its steps
-    for each in whole:
+    for each in undisturbed:
         for name in SCORES:
             np.testing.assert_allclose(
                 np.nanmean(each.values[name]), each.scores[name].value, atol=1e-4
@@ -280,12 +372,12 @@ def test_study_killed_in_the_middle_continues_and_ends_as_if_undisturbed(tmp_pat
 
 def redrawn(directory):
     """The figures, from the records alone."""
-    lines = list(load("figures").draw(directory, directory / study.LEDGER, None))
+    lines = list(load("figures").draw(directory, directory / study.LEDGER))
     assert any("whatever the sampler" in line for line in lines)
     for score in SCORES:
         for name in ("efficiency", "guidance", "samplers"):
             for kind in ("png", "svg"):
                 assert (directory / f"{name}-{score}.{kind}").stat().st_size > 1000
-    assert set(json.loads((directory / "verdicts.json").read_text())) == set(SCORES)
+    assert set(json.loads((directory / "verdicts.json").read_text())) == {"about", *SCORES}
     assert "By faithfulness" in (directory / "page.html").read_text()
     assert len(read_records(SamplingRecord, directory / study.LEDGER)) == 28

@@ -3,7 +3,7 @@
 import html
 import itertools
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,7 +27,7 @@ Paint = Callable[[Axes], None]
 COSTS = {
     "cost": "relative cost of a pass x passes",
     "flops": "FLOPs of an image, guidance counted",
-    "seconds": "seconds an image, as measured",
+    "seconds": "seconds an image, drawn and looked at",
 }
 
 
@@ -40,62 +40,93 @@ class Findings(NamedTuple):
     whatever: Verdict
 
 
-def draw(directory: epath.PathLike, ledger: epath.PathLike, commit: str | None) -> Iterator[str]:
+def draw(
+    directory: epath.PathLike, ledger: epath.PathLike, grid: str = "", commit: str = ""
+) -> Iterator[str]:
     """Writes everything into `directory`; what people want to know of it, line by line.
 
-    Raises ValueError where there is no record, or none of the commit.
+    Of records of several grids or commits those whose names begin so, the newest of them.
+
+    Raises:
+      ValueError: there are none.
+      FileNotFoundError: there is no such ledger.
     """
     directory = epath.Path(directory)
     groups = efficiency.groups(read_records(SamplingRecord, ledger))
-    records = chosen(groups, commit)
-    yield f"{len(records)} cells of grid {records[0].grid} by commit {records[0].commit or 'unknown'}"
-    for (_, grid, by), others in groups.items():
-        if others is not records:
-            yield f"  kept apart: {len(others)} cells of grid {grid} by commit {by or 'unknown'}"
-    yield from (f"  incomplete, left out: {point}" for point in efficiency.incomplete(records))
+    records = chosen(groups, grid, commit)
+    notes = [*about(records, groups)]
+    yield from notes
     found = [findings(records, score) for score in records[0].scores]
     for each in found:
         yield from told(each)
         for name, figure in figures(each).items():
             plots.save(figure, directory / f"{name}-{each.score}")
     verdicts = {each.score: as_json(each) for each in found}
-    write_atomically(directory / "verdicts.json", json.dumps(verdicts, indent=1).encode())
-    write_atomically(directory / "page.html", page(records, found).encode())
+    text = json.dumps({"about": notes, **verdicts}, indent=1, allow_nan=False)
+    write_atomically(directory / "verdicts.json", text.encode())
+    write_atomically(directory / "page.html", page(records, notes, found).encode())
     yield f"all of it in {directory / 'page.html'}"
 
 
 def chosen(
-    groups: dict[efficiency.Group, list[SamplingRecord]], commit: str | None
+    groups: Mapping[efficiency.Group, list[SamplingRecord]], grid: str, commit: str
 ) -> list[SamplingRecord]:
-    """The newest group, or that of a commit."""
-    found = [of for (_, _, by), of in groups.items() if commit is None or by.startswith(commit)]
+    """The newest group of a grid and a commit; "" is any."""
+    found = [of for (_, g, c), of in groups.items() if g.startswith(grid) and c.startswith(commit)]
     if not found:
-        known = ", ".join(by or "unknown" for _, _, by in groups) or "none at all"
-        raise ValueError(f"there are no records of commit {commit}; there are those of {known}")
+        known = "; ".join(f"grid {g} by {c or 'no commit'}" for _, g, c in groups) or "none"
+        raise ValueError(f"there are no records of grid {grid!r} by commit {commit!r}: {known}")
     return found[-1]
+
+
+def about(
+    records: Sequence[SamplingRecord], groups: Mapping[efficiency.Group, list[SamplingRecord]]
+) -> Iterator[str]:
+    """What is drawn, what is kept apart, and what is missing."""
+    first = records[0]
+    of = f" of {first.cells}" if first.cells else ""
+    chips = ", ".join(dict.fromkeys(record.chips for record in records))
+    yield f"{len(records)}{of} cells of grid {first.grid} by commit {first.commit or 'unknown'} on {chips}"
+    for (_, grid, by), others in groups.items():
+        if others is not records:
+            yield f"kept apart: {len(others)} cells of grid {grid} by commit {by or 'unknown'}"
+    if len(records) < first.cells:
+        yield "the study is not finished: verdicts are of what is there"
+    yield from (f"incomplete, left out: {point}" for point in efficiency.incomplete(records))
 
 
 def findings(records: Sequence[SamplingRecord], score: str) -> Findings:
     """The verdicts by one score."""
     curves = efficiency.curves(records, score, lower_is_better=score in LOWER_IS_BETTER)
     by_sampler = {curve.sampler: efficiency.smaller_is_better(curve) for curve in curves}
-    whatever = efficiency.whatever_the_sampler(by_sampler.values())
+    whatever = efficiency.whatever_the_sampler([*by_sampler.values()])
     return Findings(score, curves, by_sampler, whatever)
 
 
 def told(found: Findings) -> Iterator[str]:
     """Verdicts as sentences."""
     yield f"by {found.score}:"
-    for sampler, (verdict, wins) in found.by_sampler.items():
-        share = f"{wins.value:.0%} of {wins.count} comparisons, {wins.low:.0%} to {wins.high:.0%}"
-        yield f"  smaller models are better at equal cost with {sampler}: {verdict.value} ({share})"
+    for sampler, finding in found.by_sampler.items():
+        verdict = finding.verdict.value
+        yield f"  smaller models are better at equal cost with {sampler}: {verdict} ({share(finding)})"
     yield f"  whatever the sampler: {found.whatever.value}"
+
+
+def share(finding: Finding) -> str:
+    """Of its comparisons the smaller model wins so many."""
+    wins = finding.wins
+    if not wins.count:
+        return "nothing to compare"
+    return f"{wins.value:.0%} of {wins.count} comparisons, {wins.low:.0%} to {wins.high:.0%}"
 
 
 def as_json(found: Findings) -> dict[str, object]:
     """The same for programs."""
     by_sampler = {
-        sampler: {"verdict": finding.verdict.name.lower(), "wins": finding.wins}
+        sampler: {
+            "verdict": finding.verdict.name.lower(),
+            "wins": finding.wins if finding.wins.count else None,
+        }
         for sampler, finding in found.by_sampler.items()
     }
     return {"smaller_is_better": by_sampler, "whatever_the_sampler": found.whatever.name.lower()}
@@ -172,17 +203,18 @@ def heat_map(curve: Curve) -> Paint:
     return paint
 
 
-def page(records: Sequence[SamplingRecord], found: Sequence[Findings]) -> str:
+def page(records: Sequence[SamplingRecord], notes: Sequence[str], found: Sequence[Findings]) -> str:
     """One self-contained page."""
-    first = records[0]
-    seeds, prompts = len({each.seed for each in records}), len(first.values[found[0].score])
-    summary = (
-        f"{len(records)} cells: {len(found[0].curves[0].models)} models, {prompts} prompts, {seeds} seeds; grid"
-        f" {first.grid}, commit {first.commit or 'unknown'}, on {first.chips}."
+    seeds, prompts = len({each.seed for each in records}), len(records[0].values[found[0].score])
+    samplers = [curve.sampler for curve in found[0].curves]
+    count = f"{len(found[0].curves[0].models)} models, {prompts} prompts, {seeds} seeds"
+    how = (
+        f"Scores of {samplers[0]} are at the guidance that is best for a model and its steps by each score, those of"
+        f" {', '.join(samplers[1:]) or 'others'} at the one that {found[0].score} chose for {samplers[0]}."
     )
     return pages.fill(
         Path(__file__).with_name("page.html"),
-        summary=html.escape(summary),
+        summary=html.escape(f"{count}; {'; '.join(notes)}. {how}"),
         sections="".join(itertools.chain.from_iterable(map(section, found))),
     )
 
@@ -195,16 +227,16 @@ def section(found: Findings) -> Iterator[str]:
     rows = [
         [
             f"3: smaller is better at equal cost, {sampler}",
-            f"<b>{verdict.value}</b>",
-            pages.estimate(wins),
+            f"<b>{finding.verdict.value}</b>",
+            html.escape(share(finding)),
         ]
-        for sampler, (verdict, wins) in found.by_sampler.items()
+        for sampler, finding in found.by_sampler.items()
     ]
     yield pages.table(
         head, [*rows, ["4: whatever the sampler", f"<b>{found.whatever.value}</b>", ""]]
     )
     yield "<h3>Who has the best score at each cost</h3>"
-    yield pages.table(("sampler", "model", "from", "to", "resamples that agree"), owned(found))
+    yield pages.table(("sampler", "model", "from", "to", "resamples that agree"), [*owned(found)])
     yield '<h3>Score against cost</h3><div class="charts">'
     yield from (
         pages.chart(f"{first.sampler}, {what}: {found.score}", efficiency_chart(found, first, what))
@@ -216,7 +248,9 @@ def section(found: Findings) -> Iterator[str]:
     for curve in found.curves:
         yield pages.chart(f"{curve.sampler}: {found.score}", efficiency_chart(found, curve, "cost"))
     yield "</div><h3>Every point</h3>"
-    yield pages.table(("sampler", "model", "steps", "cost", "guidance", found.score), points(found))
+    yield pages.table(
+        ("sampler", "model", "steps", "cost", "guidance", found.score), [*points(found)]
+    )
     yield "</section>"
 
 

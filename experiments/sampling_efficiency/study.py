@@ -148,8 +148,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--mfu", type=float, default=0.4, metavar="SHARE", help=text)
     text = "draw the figures of DIRECTORY/records.jsonl again"
     parser.add_argument("--draw", type=any_path, metavar="DIRECTORY", help=text)
-    text = "of records of several commits, those of this one (default: the newest)"
-    parser.add_argument("--commit", metavar="COMMIT", help=text)
+    text = "of records of several grids or commits, those of this grid (default: the newest)"
+    parser.add_argument("--grid", default="", metavar="DIGEST", help=text)
+    parser.add_argument("--commit", default="", metavar="COMMIT", help="and of this commit")
     distributed.add_flags(parser)
 
 
@@ -161,20 +162,22 @@ def main(flags: argparse.Namespace) -> None:
     if flags.topology:
         print(*study.plan(SCALES[flags.scale](), flags.topology, flags.mfu), sep="\n")
         return
+    if flags.draw:
+        draw(flags.draw, flags.grid, flags.commit)
+        return
+    if flags.scale == "paper":
+        raise UsageError(
+            "--scale=paper is planned, with --topology=KIND:AxB; its data is not public"
+        )
     with distributed.joined(flags):
-        if flags.workdir:
-            if flags.scale == "paper":
-                raise UsageError(
-                    "--scale=paper is planned, with --topology=KIND:AxB; its data is not public"
-                )
-            study.run(SCALES[flags.scale](), flags.workdir)
+        records = study.run(SCALES[flags.scale](), flags.workdir)
         if distributed.is_first():
-            draw(flags.draw or flags.workdir, flags.commit)
+            draw(flags.workdir, records[0].grid, records[0].commit)
 
 
-def draw(directory: epath.Path, commit: str | None) -> None:
+def draw(directory: epath.Path, grid: str, commit: str) -> None:
     """Writes the figures and the page, and says the verdicts."""
-    for line in figures.draw(directory, directory / study.LEDGER, commit):
+    for line in figures.draw(directory, directory / study.LEDGER, grid, commit):
         print(line)
 
 

@@ -96,7 +96,10 @@ def recorded(session: Session, cell: Cell) -> dict[str, Any] | None:
 
 
 def look(session: Session, work: Work, cell: Cell) -> tuple[int, float]:
-    """Makes the features that are not there; so many images, and how many a second after the first batch."""
+    """Makes the features that are not there; so many images, and how many a second after the first batch.
+
+    Images that fill the last batch up count as drawn. Of one batch alone the rate is with what it compiles.
+    """
     count, start = len(session.scores.prompts.texts), 0
     if distributed.is_first():
         start = count if cell.finished else cell.begin()
@@ -119,7 +122,8 @@ def look(session: Session, work: Work, cell: Cell) -> tuple[int, float]:
             times.append(time.perf_counter())
             bar.update(ends[-1] - ends[-2])
     since = 1 if len(times) > 2 else 0  # the first batch compiles
-    return count - start, (ends[-1] - ends[since]) / (times[-1] - times[since])
+    batch = max(np.diff(ends))
+    return count - start, float(batch * (len(times) - 1 - since) / (times[-1] - times[since]))
 
 
 def take(session: Session, cell: Cell, first: int, part: Part) -> None:

@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from ldm_jax.scaling.records import SamplingRecord
-from ldm_jax.scaling.verdicts import Verdict, above, in_all
+from ldm_jax.scaling.verdicts import Verdict, above
 from ldm_jax.types import Estimate
 
 RESAMPLES = 2000
@@ -25,7 +25,7 @@ FEW = (
     20  # steps of the larger model up to which smaller ones are said to win (the paper's section 5)
 )
 ROUNDING = 1e-9  # by which equal costs may differ
-CLOSE = 0.4  # of a cost counts as equal to it: steps of a grid lie up to 2.5 apart
+TIE = 1e-9  # a difference that rounding may make
 
 Group = tuple[str, str, str]
 
@@ -69,24 +69,24 @@ class Curve:
 
 
 class Pair(NamedTuple):
-    """A point of a larger model against a smaller one at the most steps that no more cost pays for, and no much less.
+    """A point of a larger model against a smaller one at the same cost.
 
-    Which point of the smaller one stands against it is not chosen by scores: the best of several would win too often.
-    One that costs less than `CLOSE` of it, as the smaller was not sampled in more steps, stands against nothing.
-
-    `advantage` is that of the smaller one, row 0 of all prompts.
+    The score of the smaller one is interpolated, in the logarithm of cost, between the two of its points whose costs
+    enclose that cost; nothing is chosen by scores, as the best of several would win too often. `advantage` is that of
+    the smaller one, row 0 of all prompts.
     """
 
-    smaller: Point
+    smaller: int
     larger: Point
     advantage: Float[np.ndarray, " resamples"]
 
 
 class Finding(NamedTuple):
-    """A verdict and what it is by: the share of pairs that the smaller model wins."""
+    """A verdict and what it is by: the share of pairs that the smaller model wins, row 0 of all prompts."""
 
     verdict: Verdict
     wins: Estimate
+    resampled: Float[np.ndarray, " resamples"]
 
 
 def groups(records: Iterable[SamplingRecord]) -> dict[Group, list[SamplingRecord]]:
@@ -184,32 +184,43 @@ def weights(count: int) -> Float[np.ndarray, "resamples prompts"]:
 
 
 def _seconds(cells: Sequence[SamplingRecord]) -> float:
-    """The median of what was measured; guidance and seed do not change it."""
-    known = [cell.seconds for cell in cells if cell.seconds is not None]
+    """The median of what was measured, on one kind of chips; guidance and seed do not change it."""
+    own = [cell for cell in cells if cell.chips == cells[0].chips]
+    known = [cell.seconds for cell in own if cell.seconds is not None]
     return float(np.median(known)) if known else float("nan")
 
 
-def interval(resampled: Float[np.ndarray, " resamples"]) -> Estimate:
-    """Row 0 with the middle 95% of the others; the count is that of resamples."""
-    low, high = np.percentile(resampled[1:], [2.5, 97.5])
+def interval(resampled: Float[np.ndarray, " resamples"], outside: float = 0.05) -> Estimate:
+    """Row 0 with the middle of the others, all but a share of them; the count is that of resamples."""
+    low, high = np.quantile(resampled[1:], [outside / 2, 1 - outside / 2])
     return Estimate(float(resampled[0]), float(low), float(high), len(resampled) - 1)
 
 
 def pairs(curve: Curve, few: int = FEW) -> list[Pair]:
-    """Every point of up to `few` steps with every smaller model at equal cost."""
+    """Every point of up to `few` steps with every smaller model that has points on both sides of its cost."""
     found = []
     for number, point in enumerate(curve.points):
-        if point.steps > few:
-            continue
-        share = curve.cost / curve.cost[number]
-        alike = (share >= CLOSE) & (share <= 1 + ROUNDING)
-        for smaller in range(point.model):
-            rivals = np.flatnonzero(alike & (curve.owners == smaller))
-            if rivals.size:
-                rival = rivals[np.argmax(curve.cost[rivals])]
-                advantage = curve.scores[:, rival] - curve.scores[:, number]
-                found.append(Pair(curve.points[rival], point, advantage))
+        for smaller in range(point.model if point.steps <= few else 0):
+            own = np.flatnonzero(curve.owners == smaller)
+            if (scores := _at_cost(curve, own, curve.cost[number])) is not None:
+                found.append(Pair(smaller, point, scores - curve.scores[:, number]))
     return found
+
+
+def _at_cost(
+    curve: Curve, own: Int[np.ndarray, " own"], cost: float
+) -> Float[np.ndarray, " resamples"] | None:
+    """The scores that points of one model would have at a cost; None outside of theirs."""
+    own = own[np.argsort(curve.cost[own])]
+    costs = np.log(curve.cost[own]) if own.size else np.array([np.inf])
+    place = np.log(cost)
+    if not costs[0] - ROUNDING <= place <= costs[-1] + ROUNDING:
+        return None
+    upper = min(int(np.searchsorted(costs, place - ROUNDING)), len(own) - 1)
+    lower = max(upper - 1, 0)
+    gap = costs[upper] - costs[lower]
+    share = np.clip((place - costs[lower]) / gap, 0, 1) if gap else 1.0
+    return (1 - share) * curve.scores[:, own[lower]] + share * curve.scores[:, own[upper]]
 
 
 def smaller_is_better(curve: Curve, few: int = FEW) -> Finding:
@@ -219,12 +230,27 @@ def smaller_is_better(curve: Curve, few: int = FEW) -> Finding:
     """
     found = pairs(curve, few)
     if not found:
-        return Finding(Verdict.UNDECIDED, Estimate(math.nan, math.nan, math.nan, 0))
+        nothing = Estimate(math.nan, math.nan, math.nan, 0)
+        return Finding(Verdict.UNDECIDED, nothing, np.full(1, np.nan))
     advantages = np.stack([pair.advantage for pair in found])
-    wins = interval(np.mean(np.heaviside(advantages, 0.5), axis=0))._replace(count=len(found))
-    return Finding(above(wins, 0.5), wins)
+    won = np.where(np.abs(advantages) <= TIE, 0.5, advantages > 0).mean(axis=0)
+    wins = interval(won)._replace(count=len(found))
+    return Finding(above(wins, 0.5), wins, won)
 
 
-def whatever_the_sampler(findings: Iterable[Finding]) -> Verdict:
-    """Finding 4: that finding 3 holds with each sampler."""
-    return in_all(finding.verdict for finding in findings)
+def whatever_the_sampler(findings: Sequence[Finding]) -> Verdict:
+    """Finding 4: that finding 3 holds with each sampler.
+
+    All have to confirm it, and one refutes it: by an interval as much wider as there are samplers (Bonferroni), since
+    the more of them are asked, the sooner one of them says so by chance.
+    """
+    outside = 0.05 / max(len(findings), 1)
+    refuted = [
+        above(interval(each.resampled, outside), 0.5) is Verdict.REFUTED
+        for each in findings
+        if each.wins.count
+    ]
+    if any(refuted):
+        return Verdict.REFUTED
+    confirmed = [each.verdict is Verdict.CONFIRMED for each in findings]
+    return Verdict.CONFIRMED if confirmed and all(confirmed) else Verdict.UNDECIDED

@@ -46,7 +46,8 @@ def best_within(
             f"a budget of {np.min(budgets):g} pays for nothing: the cheapest costs {np.min(cost):g}"
         )
     affordable = cost <= budgets[:, None] * (1 + 1e-9)
-    return np.argmax(np.where(affordable, scores[..., None, :], -np.inf), axis=-1)
+    known = np.where(np.isnan(scores), -np.inf, scores)[..., None, :]
+    return np.argmax(np.where(affordable, known, -np.inf), axis=-1)
 
 
 def stretches(cost: Costs, scores: Scores, owners: Int[np.ndarray, " points"]) -> list[Stretch]:

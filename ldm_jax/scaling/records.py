@@ -57,9 +57,10 @@ class SamplingRecord:
     seed: int
     cost: float  # evaluations of the network for an image, a pair counting once, times the cost of one
     flops: float  # of the network for an image, of both branches of guidance
-    seconds: float | None  # for an image on all chips together; None: compiling was in it
+    seconds: float | None  # for an image, looked at too, on all chips; None: compiling was in it
     scores: Mapping[str, Estimate]
     values: Mapping[str, Sequence[float]]  # numbers by prompt, whose mean is the score of that name
+    cells: int = 0  # of the whole grid; 0: not known
 
     @property
     def key(self) -> tuple[Any, ...]:
@@ -72,8 +73,9 @@ Record = TypeVar("Record", RunRecord, SamplingRecord)
 
 
 def commit() -> str:
-    """The commit that the package is run from; empty where it is no checkout."""
-    command = ["git", "-C", os.path.dirname(__file__), "rev-parse", "HEAD"]
+    """The commit that the package is run from, "-dirty" behind it if files were changed; "" where it is no checkout."""
+    of = ["--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    command = ["git", "-C", os.path.dirname(__file__), "describe", *of]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
@@ -161,8 +163,10 @@ def _read(kind: type[Record], path: epath.Path) -> Iterator[Record]:
 
 
 def _record(kind: type[Record], entry: Any, place: str) -> Record:
-    expected = {field.name for field in dataclasses.fields(kind)}
-    if not isinstance(entry, dict) or set(entry) != expected:
+    fields = dataclasses.fields(kind)
+    expected = {field.name for field in fields}
+    needed = {field.name for field in fields if field.default is dataclasses.MISSING}
+    if not isinstance(entry, dict) or not needed <= set(entry) <= expected:
         raise ValueError(f"{place} is no record; one has {', '.join(sorted(expected))}")
     scores = {name: Estimate(*row) for name, row in entry["scores"].items()}
     return kind(**entry | {"scores": scores})

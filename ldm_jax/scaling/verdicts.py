@@ -1,7 +1,6 @@
 """What data says of a finding: confirmed, refuted, or not decided by this much of it."""
 
 import enum
-from collections.abc import Iterable
 
 from ldm_jax.types import Estimate
 
@@ -19,11 +18,3 @@ def above(estimate: Estimate, bound: float) -> Verdict:
     if estimate.low > bound:
         return Verdict.CONFIRMED
     return Verdict.REFUTED if estimate.high < bound else Verdict.UNDECIDED
-
-
-def in_all(verdicts: Iterable[Verdict]) -> Verdict:
-    """A finding that is said to hold everywhere: one refutation refutes it, and all have to confirm it."""
-    found = set(verdicts)
-    if Verdict.REFUTED in found:
-        return Verdict.REFUTED
-    return Verdict.CONFIRMED if found == {Verdict.CONFIRMED} else Verdict.UNDECIDED
