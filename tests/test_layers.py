@@ -18,7 +18,17 @@ LAYERS = {
     **dict.fromkeys(("data", "metrics"), 3),
     **dict.fromkeys(("evals", "training"), 4),
     **dict.fromkeys(
-        ("config", "pretrained", "scoring", "build", "programs", "scheduled", "layouts"), 5
+        (
+            "config",
+            "pretrained",
+            "scoring",
+            "build",
+            "programs",
+            "scheduled",
+            "layouts",
+            "sampling_study",
+        ),
+        5,
     ),
     **dict.fromkeys(
         (
@@ -44,6 +54,7 @@ SIBLINGS = {
     "programs": {"config", "pretrained", "build"},
     "scheduled": {"config", "programs"},
     "layouts": {"config", "programs"},
+    "sampling_study": {"build", "config", "programs"},
     "study": {"encode", "train", "evaluate"},
 }
 

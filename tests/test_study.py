@@ -13,7 +13,7 @@ import pytest
 import runs
 from etils import epath
 
-from ldm_jax import diffusion, study
+from ldm_jax import diffusion, sampling_study, study
 from ldm_jax.flags import UsageError, parse
 from ldm_jax.scaling.records import SamplingRecord, append_record, read_records
 from ldm_jax.types import Estimate
@@ -50,7 +50,7 @@ LARGER = dataclasses.replace(
 OTHER_DATA = dataclasses.replace(
     RUN, data=dataclasses.replace(RUN.data, source="scenes:simple?count=49")
 )
-GRID = study.SamplingStudy(
+GRID = sampling_study.SamplingStudy(
     name="tiny",
     models={"small": RUN, "large": LARGER},
     baseline="large",
@@ -69,7 +69,7 @@ CELLS = 2 * (2 * 2 + 1 + 2)
 
 
 def test_cost_is_relative_passes_and_flops_count_both_branches():
-    small, large = study.models(GRID)
+    small, large = sampling_study.models(GRID)
     forward = large.count.total.flops
     by_way = {(way.sampler, way.sampling.steps): way for way in large.ways}
     assert set(by_way) == {("ddim", 2), ("ddim", 3), ("heun", 3), ("ddpm", 2), ("ddpm", 3)}
@@ -87,7 +87,7 @@ def test_interval_of_guidance_saves_flops_and_no_cost():
 
     models = {name: limited(config) for name, config in GRID.models.items()}
     whole, part = (
-        study.models(dataclasses.replace(GRID, models=m))[1] for m in (GRID.models, models)
+        sampling_study.models(dataclasses.replace(GRID, models=m))[1] for m in (GRID.models, models)
     )
     for one, other in zip(whole.ways, part.ways, strict=True):
         assert one.cost == other.cost
@@ -95,14 +95,14 @@ def test_interval_of_guidance_saves_flops_and_no_cost():
 
 
 def test_costs_above_the_limit_are_not_sampled():
-    small, large = study.models(dataclasses.replace(GRID, cost=2.5))
+    small, large = sampling_study.models(dataclasses.replace(GRID, cost=2.5))
     assert {(way.sampler, way.sampling.steps) for way in large.ways} == {("ddim", 2), ("ddpm", 2)}
     assert len(small.ways) == 5
 
 
 def test_plan_counts_every_image_and_every_training_example():
-    found = {need.what: need for need in study.needs(GRID)}
-    _, large = study.models(GRID)
+    found = {need.what: need for need in sampling_study.needs(GRID)}
+    _, large = sampling_study.models(GRID)
     assert found["train small"].images == 64
     assert found["train large"].flops == 64 * large.count.training_flops
     assert found["sample large"].images == 8 * CELLS
@@ -113,13 +113,13 @@ def test_plan_counts_every_image_and_every_training_example():
 def test_plan_is_flops_by_the_slice():
     """Two days of sixteen chips at half of their peak, and the same of one chip for 768 hours."""
     flops = 2 * 24 * 3600 * 16 * 197e12 * 0.5
-    small, large = (model.count.training_flops for model in study.models(GRID))
+    small, large = (model.count.training_flops for model in sampling_study.models(GRID))
     longer = round(flops / (small + large))
     models = {
         name: dataclasses.replace(config, train=dataclasses.replace(config.train, examples=longer))
         for name, config in GRID.models.items()
     }
-    *_, train, _ = study.plan(dataclasses.replace(GRID, models=models), "v5e:4x4", 0.5)
+    *_, train, _ = sampling_study.plan(dataclasses.replace(GRID, models=models), "v5e:4x4", 0.5)
     assert train.split()[:2] == ["train", "all"]
     images, petaflops, days, hours = (float(x.replace(",", "")) for x in train.split()[2:])
     assert (images, days, hours) == (2 * longer, 2.0, 768.0)
@@ -128,7 +128,7 @@ def test_plan_is_flops_by_the_slice():
 
 def test_a_sampler_is_left_out_where_the_main_one_costs_too_much():
     grid = dataclasses.replace(GRID, sampler="heun", others={"ddim": (3,)}, cost=4)
-    _, large = study.models(grid)
+    _, large = sampling_study.models(grid)
     assert [(way.sampler, way.sampling.steps) for way in large.ways] == [("heun", 2)]
 
 
@@ -160,7 +160,7 @@ def test_grid_that_cannot_be_is_refused(fields, sentence):
 
 def test_zero_steps_and_a_sampler_that_the_schedule_cannot_serve_are_refused_before_anything_runs():
     with pytest.raises(ValueError, match="steps is 0"):
-        study.models(dataclasses.replace(GRID, steps=(0, 2), others={}))
+        sampling_study.models(dataclasses.replace(GRID, steps=(0, 2), others={}))
     sampling = dataclasses.replace(RUN.sampling, spacing=diffusion.Even())
     flow = {
         name: dataclasses.replace(
@@ -169,13 +169,13 @@ def test_zero_steps_and_a_sampler_that_the_schedule_cannot_serve_are_refused_bef
         for name, config in GRID.models.items()
     }
     with pytest.raises(ValueError, match="'eps' says nothing of the image at a signal of 0"):
-        study.models(dataclasses.replace(GRID, models=flow))
+        sampling_study.models(dataclasses.replace(GRID, models=flow))
 
 
 @pytest.mark.parametrize(("topology", "mfu"), [("v5e", 0.4), ("v9:2x2", 0.4), ("v5e:2x2", 0.0)])
 def test_plan_for_no_slice_and_no_use_is_refused(topology, mfu):
     with pytest.raises(ValueError, match=r"no slice is called|a share of their peak"):
-        list(study.plan(GRID, topology, mfu))
+        list(sampling_study.plan(GRID, topology, mfu))
 
 
 def test_digest_goes_by_everything_that_decides_a_cell():
@@ -232,13 +232,14 @@ def test_home_of_a_model_goes_by_all_that_decides_it(tmp_path):
     """So that no directory is taken for another training, and the mesh may change."""
 
     def home(config):
-        return study.home(study.Model("small", config, None, ()), epath.Path(tmp_path))
+        return study.home(sampling_study.Model("small", config, None, ()), epath.Path(tmp_path))
 
     longer = dataclasses.replace(RUN, train=dataclasses.replace(RUN.train, examples=128))
     saved = dataclasses.replace(RUN, train=dataclasses.replace(RUN.train, save_every=16))
     mesh = dataclasses.replace(RUN, mesh=dataclasses.replace(RUN.mesh, fsdp=2))
     assert home(longer) != home(RUN)
-    assert home(saved) == home(mesh) == home(RUN)
+    asked = dataclasses.replace(RUN, eval=dataclasses.replace(RUN.eval, metrics=()))
+    assert home(saved) == home(mesh) == home(asked) == home(RUN)
 
 
 def whole(commit="c", models=("small", "large"), cells=0):
@@ -292,7 +293,7 @@ def test_nothing_to_compare_is_null_for_programs(tmp_path):
 
 def test_paper_scale_is_the_papers_own_grid():
     paper = load("study").paper()
-    counted = {model.name: model for model in study.models(paper)}
+    counted = {model.name: model for model in sampling_study.models(paper)}
     assert len(counted) == 11
     costs = {name: model.ways[0].cost / 4 for name, model in counted.items()}
     printed = {"83M": 0.13, "145M": 0.20, "430M": 0.53, "866M": 1.00, "2B": 2.39, "5B": 5.17}
@@ -307,7 +308,7 @@ def test_paper_scale_is_the_papers_own_grid():
 
 
 def test_scenes_scale_spans_thirty_times_in_parameters():
-    params = [model.count.total.params for model in study.models(load("study").scenes())]
+    params = [model.count.total.params for model in sampling_study.models(load("study").scenes())]
     assert len(params) >= 5
     assert max(params) >= 30 * min(params)
 

@@ -23,6 +23,7 @@ from ldm_jax.config import EvalConfig, RunConfig, SamplingConfig
 from ldm_jax.configuration import from_config_dict
 from ldm_jax.flags import UsageError, any_path, load_config, run_command
 from ldm_jax.parallel import distributed
+from ldm_jax.sampling_study import SamplingStudy, plan
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -37,7 +38,7 @@ RATES = (1.5, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0)  # A.4
 STEPS = (4, 6, 8, 10, 20, 50)  # A.4
 
 
-def scenes() -> study.SamplingStudy:
+def scenes() -> SamplingStudy:
     """The default: an hour on two cores."""
     return of_scenes(
         examples=96_000,
@@ -49,7 +50,7 @@ def scenes() -> study.SamplingStudy:
     )
 
 
-def overnight() -> study.SamplingStudy:
+def overnight() -> SamplingStudy:
     """The whole grid of A.4 on scenes, and fewer steps; four times the prompts, twice the training and the seeds."""
     few = (2, 4, 6, 8, 10, 20)
     others = {"ddpm": STEPS, "dpmpp": few, "euler_ancestral": STEPS, "heun": few, "lcm": few}
@@ -63,9 +64,9 @@ def overnight() -> study.SamplingStudy:
     )
 
 
-def paper() -> study.SamplingStudy:
+def paper() -> SamplingStudy:
     """A's own: its family, 30 000 captions of COCO, A.4's rates, A.5's costs up to 200, A.6's samplers."""
-    return study.SamplingStudy(
+    return SamplingStudy(
         name=NAME,
         models={name.upper(): of_paper(name) for name in PAPER},
         baseline="866M",
@@ -83,14 +84,14 @@ def paper() -> study.SamplingStudy:
 SCALES = {"scenes": scenes, "overnight": overnight, "paper": paper}
 
 
-def of_scenes(*, examples, prompts, steps, guidance, seeds, others) -> study.SamplingStudy:
+def of_scenes(*, examples, prompts, steps, guidance, seeds, others) -> SamplingStudy:
     """A study of the family on one object a scene, with the embedded models."""
     scores = ("faithfulness", "clip_score", "kid_clip")
     models = {
         name: of_width(channels, head, examples, prompts, scores, steps[-1])
         for name, (channels, head) in FAMILY.items()
     }
-    return study.SamplingStudy(
+    return SamplingStudy(
         name=NAME,
         models=models,
         baseline=next(reversed(FAMILY)),
@@ -160,7 +161,7 @@ def main(flags: argparse.Namespace) -> None:
     if len(chosen) != 1:
         raise UsageError("give one of --workdir=DIRECTORY, --topology=KIND:AxB, --draw=DIRECTORY")
     if flags.topology:
-        print(*study.plan(SCALES[flags.scale](), flags.topology, flags.mfu), sep="\n")
+        print(*plan(SCALES[flags.scale](), flags.topology, flags.mfu), sep="\n")
         return
     if flags.draw:
         draw(flags.draw, flags.grid, flags.commit)
