@@ -1,5 +1,5 @@
 # make demo    sets up and runs the main job: encode, train, report
-# make study   sets up and runs the study of sampling efficiency, an hour on two cores
+# make study   sets up and runs the study of sampling efficiency, half an hour on two cores
 # make test    sets up and runs the fast tests
 # make test-parity    the same beside torch, diffusers, transformers, torch-fidelity, clean-fid and lpips, with live
 #                     comparisons
