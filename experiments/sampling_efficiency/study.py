@@ -5,9 +5,9 @@
     python experiments/sampling_efficiency/study.py --scale=paper --topology=v5e:16x16
     python experiments/sampling_efficiency/study.py --draw=experiments/sampling_efficiency
 
-The first trains five models on scenes and samples them, in half an hour on two cores; killed at any moment, the same command
-continues. The second takes the whole grid of section A.4 and longer training. The third says what the grid of "Bigger
-is not Always Better" (arXiv:2404.01367) comes to on a slice. `--draw` makes the figures and the page again from
+The first trains five models on scenes and samples them, in half an hour on two cores; killed at any moment, the same
+command continues. The second takes the whole grid of section A.4 and longer training. The third says what the grid of
+"Bigger is not Always Better" (arXiv:2404.01367) comes to on a slice. `--draw` makes the figures and the page again from
 DIRECTORY/records.jsonl, next to it; the first two end with that.
 """
 
