@@ -20,7 +20,7 @@ from orbax.checkpoint import v1 as ocp
 
 from ldm_jax import encode
 from ldm_jax.parallel.distributed import ABORTED, PREEMPTED
-from ldm_jax.scaling.records import read_lines
+from ldm_jax.scaling.records import SamplingRecord, read_lines, read_records
 from ldm_jax.training.checkpoints import Checkpoints
 
 pytestmark = [
@@ -239,6 +239,23 @@ def test_processes_score_as_one_does(calm, tmp_path):
         for name, (value, *_) in one.items():
             scale = 100 if "x100" in name else 1
             assert two[name][0] == pytest.approx(value, rel=1e-6, abs=1e-6 * scale), name
+
+
+def test_processes_make_a_study_as_one_does(tmp_path):
+    """The same cells, of models that are trained alike; latents are made before."""
+    found = {}
+    for processes in (1, 2):
+        workdir = tmp_path / str(processes)
+        if processes > 1:
+            shutil.copytree(tmp_path / "1" / "latents", workdir / "latents")
+        workdir.mkdir(exist_ok=True)
+        finished(workdir, processes, 1, program=(ROOT / "tests" / "watched_study.py",))
+        records = read_records(SamplingRecord, workdir / "records.jsonl")
+        found[processes] = {record.key: record for record in records}
+    assert len(found[1]) == 6 and set(found[1]) == set(found[2])
+    for key, record in found[1].items():
+        ours, theirs = record.scores["clip_score"], found[2][key].scores["clip_score"]
+        assert theirs[0] == pytest.approx(ours[0], abs=1e-2)
 
 
 def test_a_run_compiles_once(fresh, tmp_path_factory, monkeypatch):

@@ -1,0 +1,22 @@
+"""A small study as a command, for tests of several processes: `python tests/watched_study.py --workdir=...`."""
+
+import argparse
+import dataclasses
+
+from test_study import GRID
+
+from ldm_jax import study
+from ldm_jax.flags import run_command
+from ldm_jax.parallel import distributed
+
+SMALL = dataclasses.replace(GRID, steps=(2,), others={"ddpm": (2,)}, seeds=(0,))
+
+
+def main(flags: argparse.Namespace) -> None:
+    """Runs it."""
+    with distributed.joined(flags):
+        study.run(SMALL, flags.workdir)
+
+
+if __name__ == "__main__":
+    run_command(main, description=__doc__, add_flags=distributed.add_flags)
