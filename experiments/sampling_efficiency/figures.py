@@ -213,7 +213,7 @@ def page(records: Sequence[SamplingRecord], notes: Sequence[str], found: Sequenc
         f" {', '.join(samplers[1:]) or 'others'} at the one that {found[0].score} chose for {samplers[0]}."
     )
     return pages.fill(
-        Path(__file__).with_name("page.html"),
+        Path(__file__).with_name("template.html"),
         summary=html.escape(f"{count}; {'; '.join(notes)}. {how}"),
         sections="".join(itertools.chain.from_iterable(map(section, found))),
     )
