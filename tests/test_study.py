@@ -267,6 +267,8 @@ def test_figures_are_of_one_grid_and_commit_and_say_what_is_kept_apart(tmp_path)
     assert lines[0].startswith("12 cells of grid")
     assert any(line.startswith("kept apart: 1 cells") for line in lines)
     assert any("with ddim: confirmed" in line for line in lines)
+    sources = {path.name for path in FOLDER.iterdir() if path.suffix in (".py", ".md")}
+    assert not {path.name for path in tmp_path.iterdir()} & (sources | {"template.html"})
     assert lines[0] != next(draw())  # the newest
     with pytest.raises(ValueError, match="no records of grid '' by commit 'e'"):
         next(draw(commit="e"))
