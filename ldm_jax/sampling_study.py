@@ -84,6 +84,12 @@ class SamplingStudy:
                 raise ValueError(
                     f"{name} has no numbers by prompt, of which a study makes intervals"
                 )
+            for model, config in self.models.items():
+                if name not in config.eval.metrics:
+                    raise ValueError(
+                        f"{name} is a score of the study, and eval.metrics of {model} does not name it:"
+                        f" {', '.join(config.eval.metrics) or 'it names none'}"
+                    )
 
     def _check_others(self) -> None:
         if self.sampler in self.others:
@@ -143,13 +149,20 @@ class Model(NamedTuple):
 
 
 def models(study: SamplingStudy) -> list[Model]:
-    """Every model with its ways; of shapes alone. Raises as `programs.parts` and `build.walk`."""
+    """Every model with its ways; of shapes alone.
+
+    Raises as `programs.parts` and `build.walk`, and ValueError where a model costs too much to be sampled at all.
+    """
     counts = {name: forward(config) for name, config in study.models.items()}
     unit = counts[study.baseline].total.flops
-    return [
+    found = [
         Model(name, config, counts[name], tuple(ways(study, config, counts[name], unit)))
         for name, config in study.models.items()
     ]
+    for model in found:
+        if not model.ways:
+            raise ValueError(f"no way to sample {model.name} costs {study.cost:g} or less")
+    return found
 
 
 def forward(config: RunConfig) -> Count:
@@ -160,18 +173,19 @@ def forward(config: RunConfig) -> Count:
 
 def ways(study: SamplingStudy, config: RunConfig, counted: Count, unit: int) -> Iterator[Way]:
     """How a model is sampled, as far as its cost may go; `unit` is what costs 1."""
-    once = counted.total.flops
     for steps in study.steps:
-        names = [study.sampler, *(name for name, own in study.others.items() if steps in own)]
-        for name in names:
-            sampling = dataclasses.replace(config.sampling, sampler=SAMPLERS[name](), steps=steps)
-            own = dataclasses.replace(config, sampling=sampling)
-            passes = int(diffusion.calls(sampling.sampler, build.walk(own)).sum())
-            cost = passes * once / unit
-            if cost <= study.cost:
-                yield Way(name, sampling, cost, float(build.evaluations(own) * once))
-            elif name == study.sampler:  # without it no guidance is the best
-                break
+        others = (name for name, own in study.others.items() if steps in own)
+        found = [way(config, name, steps, counted, unit) for name in (study.sampler, *others)]
+        if found[0].cost <= study.cost:  # without it no guidance is the best
+            yield from (each for each in found if each.cost <= study.cost)
+
+
+def way(config: RunConfig, name: str, steps: int, counted: Count, unit: int) -> Way:
+    """A sampler at a number of steps. Raises as `build.walk`."""
+    sampling = dataclasses.replace(config.sampling, sampler=SAMPLERS[name](), steps=steps)
+    own, once = dataclasses.replace(config, sampling=sampling), counted.total.flops
+    passes = int(diffusion.calls(sampling.sampler, build.walk(own)).sum())
+    return Way(name, sampling, passes * once / unit, float(build.evaluations(own) * once))
 
 
 def scales_of(study: SamplingStudy, way: Way) -> int:

@@ -113,8 +113,8 @@ class Ledger:
         self._path, self._total, self._found = epath.Path(path), total, {}
         if distributed.is_first() and self._path.exists():
             records = read_records(SamplingRecord, path)
-            own = [r for r in records if [r.study, r.grid, r.commit] == [*self.own.values()]]
-            self._found = {_place(record): record for record in own}
+            own = [record for record in records if record.group == tuple(self.own.values())]
+            self._found = {record.place: record for record in own}
             if others := len(records) - len(own):
                 _log.warning(
                     "%s has %d records of another grid or commit, kept apart.", path, others
@@ -133,15 +133,11 @@ class Ledger:
         """Writes the record of a cell."""
         record = SamplingRecord(**self.own, cells=self._total, **facts)
         append_record(self._path, record)
-        self._found[_place(record)] = record
-        where = " ".join(map(str, _place(record)))
+        self._found[record.place] = record
+        where = " ".join(map(str, record.place))
         scores = ", ".join(f"{name} {score.value:.4g}" for name, score in record.scores.items())
         _log.info("%d of %d cells: %s: %s", len(self._found), self._total, where, scores)
         return record
-
-
-def _place(record: SamplingRecord) -> tuple[str, str, int, float, int]:
-    return record.model, record.sampler, record.steps, record.guidance, record.seed
 
 
 def sampled(study: SamplingStudy, model: Model, directory: epath.Path, ledger: Ledger) -> None:
@@ -199,7 +195,8 @@ def described(
     study: SamplingStudy, model: Model, way: Way, opened: Opened, features: Features
 ) -> dict[str, Any]:
     """What a record says of a cell, but for its guidance, its seed and its time."""
-    scores, values = opened.scoring.scores(features), opened.scoring.scores.by_prompt(features)
+    scores = opened.scoring.scores(features)
+    values = opened.scoring.scores.by_prompt(features, scores)
     return {
         "model": model.name,
         "params": model.count.total.params,
@@ -210,7 +207,7 @@ def described(
         "flops": way.flops,
         "scores": {name: scores[name] for name in study.scores},
         "values": {name: [float(f"{x:.5g}") for x in values[name]] for name in study.scores},
-        "chips": f"{jax.devices()[0].device_kind} x {jax.device_count()}",
+        "chips": distributed.machine(),
     }
 
 

@@ -311,7 +311,7 @@ def record(config: RunConfig, workdir: epath.Path, state: State, flops: float) -
         study="",
         config=json.loads(to_json(config)),
         commit=commit(),
-        chips=f"{jax.devices()[0].device_kind} x {jax.device_count()}",
+        chips=distributed.machine(),
         seed=config.seed,
         params=sum(leaf.size for leaf in jax.tree.leaves(state.params)),
         flops=flops * int(state.examples),

@@ -100,6 +100,11 @@ def test_costs_above_the_limit_are_not_sampled():
     assert len(small.ways) == 5
 
 
+def test_a_model_that_costs_too_much_for_every_way_is_refused_before_anything_runs():
+    with pytest.raises(ValueError, match="no way to sample large costs 1 or less"):
+        sampling_study.models(dataclasses.replace(GRID, cost=1))
+
+
 def test_plan_counts_every_image_and_every_training_example():
     found = {need.what: need for need in sampling_study.needs(GRID)}
     _, large = sampling_study.models(GRID)
@@ -145,6 +150,7 @@ def test_a_sampler_is_left_out_where_the_main_one_costs_too_much():
         ({"prompts": 0}, "0 prompts"),
         ({"models": {"large": LARGER}}, "1 models"),
         ({"scores": ("precision_recall",)}, "no numbers by prompt"),
+        ({"scores": ("cmmd",)}, "cmmd is a score of the study, and eval.metrics of small does not"),
         ({"others": {"ddim": (2,)}}, "ddim is the study's sampler and one of the others"),
         ({"models": {"small": OTHER_DATA, "large": LARGER}}, "share their latents"),
         (

@@ -34,6 +34,7 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 # Channels of the first level by name, the width of a head beside them.
 FAMILY = {"78k": (8, 8), "284k": (16, 8), "617k": (24, 12), "1.1M": (32, 16), "2.4M": (48, 24)}
 PAPER = ("39m", "83m", "145m", "223m", "318m", "430m", "558m", "704m", "866m", "2b", "5b")
+PAPER_SCORES = ("fid", "clip_score_x100")
 RATES = (1.5, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0)  # A.4
 STEPS = (4, 6, 8, 10, 20, 50)  # A.4
 
@@ -75,7 +76,7 @@ def paper() -> SamplingStudy:
         steps=(*STEPS, 100, 250, 500),
         guidance=RATES,
         seeds=(0,),
-        scores=("fid", "clip_score_x100"),
+        scores=PAPER_SCORES,
         prompts=30_000,
         cost=200,
     )
@@ -129,7 +130,8 @@ def of_paper(name: str) -> RunConfig:
     """A.2's training of one size, as the config of the papers' backbones has it, on A's prompts."""
     config = loaded(f"text_to_image.py:unet-{name}")
     prompts = "coco:annotations/captions_val2014.json?count=30000"
-    return dataclasses.replace(config, eval=dataclasses.replace(config.eval, prompts=prompts))
+    measured = dataclasses.replace(config.eval, prompts=prompts, metrics=PAPER_SCORES)
+    return dataclasses.replace(config, eval=measured)
 
 
 def loaded(name: str) -> RunConfig:

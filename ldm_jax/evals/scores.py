@@ -114,18 +114,19 @@ class Scores(NamedTuple):
                 found |= metric.values(features[metric.extractor], self.prompts)
         return found
 
-    def by_prompt(self, features: Features) -> dict[str, Values]:
+    def by_prompt(self, features: Features, scores: Mapping[str, Estimate]) -> dict[str, Values]:
         """Numbers by prompt whose mean is the score: those of images, and of sets to first order.
 
-        A set's are the score with each image's influence on it, so that to resample prompts is to average some of
-        these. Scores of sets without an expansion have none.
+        A set's are its score, of `scores` of the same features, with each image's influence on it, so that to resample
+        prompts is to average some of these. Scores of sets without an expansion have none.
         """
         found = self.values(features)
         for metric in self.metrics.values():
             if isinstance(metric, OfSets) and metric.expand is not None:
                 reference = self.reference.get(metric.extractor)
                 made = metric.expand(*metric.sets(features[metric.extractor], reference))
-                found[metric.names[0]] = made.value + made.influences[0]
+                # Not the expansion's own value: Fréchet distances are freed of bias in another way, too.
+                found[metric.names[0]] = scores[metric.names[0]].value + made.influences[0]
         return found
 
     def paired(self, a: Features, b: Features) -> dict[str, Paired]:

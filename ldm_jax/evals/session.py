@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 from etils import epath
 from tqdm import tqdm
@@ -236,7 +235,7 @@ def record(session: Session, cell: Cell, features: Features) -> dict[str, Any]:
         "metrics": list(session.scores.metrics),
         "scores": session.scores(features),
         "validation": session.validation,
-        "chips": f"{jax.devices()[0].device_kind} x {jax.device_count()}",
+        "chips": distributed.machine(),
         "commit": commit(),
         **session.described,
     }

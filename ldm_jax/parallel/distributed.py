@@ -85,6 +85,11 @@ def is_first() -> bool:
     return jax.process_index() == 0
 
 
+def machine() -> str:
+    """What all processes compute on together: "TPU v5p x 8"."""
+    return f"{jax.devices()[0].device_kind} x {jax.device_count()}"
+
+
 def agreed(value: int) -> int:
     """What the first process says, for all; each calls this."""
     return int(multihost_utils.broadcast_one_to_all(np.int32(value)))

@@ -21,9 +21,8 @@ from ldm_jax.scaling.verdicts import Verdict, above
 from ldm_jax.types import Estimate
 
 RESAMPLES = 2000
-FEW = (
-    20  # steps of the larger model up to which smaller ones are said to win (the paper's section 5)
-)
+# Steps of the larger model up to which smaller ones are said to win (the paper's section 5).
+FEW = 20
 ROUNDING = 1e-9  # by which equal costs may differ
 TIE = 1e-9  # a difference that rounding may make
 
@@ -93,8 +92,9 @@ def groups(records: Iterable[SamplingRecord]) -> dict[Group, list[SamplingRecord
     """Records by (study, grid, commit): those of different ones never stand in one figure. The newest is last."""
     found: dict[Group, list[SamplingRecord]] = {}
     for record in records:
-        where = record.study, record.grid, record.commit
-        found[where] = [*found.pop(where, []), record]
+        own = found.pop(record.group, [])
+        own.append(record)
+        found[record.group] = own
     return found
 
 

@@ -63,10 +63,19 @@ class SamplingRecord:
     cells: int = 0  # of the whole grid; 0: not known
 
     @property
+    def group(self) -> tuple[str, str, str]:
+        """What has to be alike in records that stand in one figure."""
+        return self.study, self.grid, self.commit
+
+    @property
+    def place(self) -> tuple[str, str, int, float, int]:
+        """The cell within its grid."""
+        return self.model, self.sampler, self.steps, self.guidance, self.seed
+
+    @property
     def key(self) -> tuple[Any, ...]:
         """What makes two records the same cell."""
-        where = self.model, self.sampler, self.steps, self.guidance, self.seed
-        return self.study, self.grid, self.commit, *where
+        return self.group, self.place
 
 
 Record = TypeVar("Record", RunRecord, SamplingRecord)

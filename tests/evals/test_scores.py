@@ -136,6 +136,28 @@ def test_the_value_that_papers_print_has_the_bias_and_serves_fewer_images():
     assert np.isnan(scores("fid_plug_in")(few)["fid_plug_in"].low)
 
 
+@pytest.mark.parametrize("name", ["clip_score", "faithfulness", "kid", "fid", "cmmd"])
+def test_numbers_by_prompt_average_to_the_score_and_foretell_it_without_a_prompt(name):
+    """The score without prompt i is about the mean of the other numbers: influences are derivatives (von Mises)."""
+    given = features(3, shift=0.5)
+    found = scores(name)(given)
+    numbers, value = scores(name).by_prompt(given, found)[name], found[name].value
+    assert len(numbers) == COUNT
+    np.testing.assert_allclose(numbers.mean(), value, rtol=1e-6)
+    if not isinstance(METRICS[name], OfSets):
+        return
+    extractor, reads = METRICS[name].extractor, METRICS[name].reads
+    without = [
+        scores(name)({extractor: {reads: np.delete(given[extractor][reads], i, axis=0)}})[
+            name
+        ].value
+        for i in range(COUNT)
+    ]
+    foretold = [np.delete(numbers, i).mean() for i in range(COUNT)]
+    assert np.corrcoef(without, foretold)[0, 1] > 0.9
+    assert np.std(foretold) == pytest.approx(np.std(without), rel=0.2)
+
+
 def test_one_infinite_pair_makes_the_test_unknown_and_not_certain():
     infinite = features(0)
     infinite["pairs"]["psnr"][0] = np.inf

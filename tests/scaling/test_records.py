@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import ldm_jax
-from ldm_jax.scaling.records import RunRecord, append_record, read_records
+from ldm_jax.scaling.records import RunRecord, append_record, commit, read_records
 from ldm_jax.types import Estimate
 
 RECORD = RunRecord(
@@ -37,6 +37,15 @@ def test_record_comes_back_as_it_was(ledger):
     (found,) = read_records(RunRecord, ledger)
     assert found == RECORD
     assert isinstance(found.scores["clip"], Estimate)
+
+
+def test_commit_is_what_git_says_and_tells_of_changed_files():
+    git = ["git", "-C", str(Path(ldm_jax.__file__).parent)]
+    if subprocess.run([*git, "rev-parse"], capture_output=True).returncode:
+        pytest.skip("no checkout")
+    said = lambda *words: subprocess.run([*git, *words], capture_output=True, text=True).stdout  # noqa: E731
+    changed = said("status", "--porcelain", "--untracked-files=no", ":/").strip()
+    assert commit() == said("rev-parse", "HEAD").strip() + ("-dirty" if changed else "")
 
 
 def test_infinite_loss_is_kept(ledger):
