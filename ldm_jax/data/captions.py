@@ -28,13 +28,15 @@ def check_captions(captions: Sequence[str], limit: int = 4000) -> tuple[str, ...
     """The captions without white space around them.
 
     Raises:
-      Skip: if there is none, or one that is blank, longer than `limit` characters, or was not UTF-8.
+      Skip: if there is none, or one that is blank, longer than `limit` characters, has a NUL, or was not UTF-8.
     """
     if not captions:
         raise Skip("no caption")
     for caption in captions:
         if len(caption) > limit:
             raise Skip(f"caption longer than {limit} characters")
+        if "\0" in caption:
+            raise Skip("NUL in caption")
         if not caption.strip():
             raise Skip("empty caption")
         if any("\ud800" <= character <= "\udfff" for character in caption):

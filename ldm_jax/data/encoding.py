@@ -39,8 +39,10 @@ from ldm_jax.data.latents import (
     Record,
     Shard,
     pack,
+    shard_name,
 )
 from ldm_jax.data.sources import Skip, Source, provenance
+from ldm_jax.data.typed_json import read_json
 from ldm_jax.parallel import one_ahead
 from ldm_jax.types import Cond, Images, Latent
 
@@ -81,6 +83,7 @@ class _Statistics:
 
     records: int = 0
     bytes: int = 0
+    first_key: str = ""
     shape: list[int] = dataclasses.field(default_factory=list)
     total: list[float] = dataclasses.field(default_factory=list)  # sums over each channel
     squares: list[float] = dataclasses.field(default_factory=list)
@@ -196,18 +199,18 @@ class _Job:
         total = len(self.source)
         for number, first in enumerate(range(0, total, self.items_per_shard)):
             items = range(first, min(first + self.items_per_shard, total))
-            yield self.directory / f"latents-{number:05d}.array_record", items
+            yield self.directory / shard_name(number), items
 
     def run(self, bar: tqdm) -> tuple[list[Shard], _Statistics]:
         """Makes the shards that are not there yet; returns all of them, and their statistics in sum."""
         shards, whole = [], _Statistics()
         for path, items in self.shards():
             if _statistics_of(path).exists():
-                shard = _Statistics(**json.loads(_statistics_of(path).read_bytes()))
+                shard = read_json(_statistics_of(path), _Statistics)
             else:
                 shard = self._make_shard(path, items, whole, bar)
             whole.merge(shard)
-            shards.append(Shard(path.name, shard.records, shard.bytes))
+            shards.append(Shard(path.name, shard.records, shard.bytes, shard.first_key))
         self._check_skipped(whole)
         return shards, whole
 
@@ -219,6 +222,7 @@ class _Job:
             # The accelerator works on one batch while the one before it is written.
             for examples, z in one_ahead((each, self._start(each)) for each in batches):
                 for record in self._records(examples, z, shard):
+                    shard.first_key = shard.first_key or record.key
                     writer.write(pack(record))
         shard.bytes = partial.stat().st_size
         publish(partial, path)
@@ -294,11 +298,18 @@ def _decode(source: Source, size: int, limits: Limits, index: int) -> _Example |
     key = f"item {index}"
     try:
         item = source[index]
-        key = item.key
+        key = _printable(item.key)
+        if key != item.key:
+            raise Skip("name is not UTF-8")
         image = to_square(item.image, size, min_side=limits.min_side)
         return _Example(key, image, check_captions(item.captions, limits.max_caption))
     except Skip as skip:
-        return Skip(skip.reason, skip.key or key)
+        return Skip(skip.reason, _printable(skip.key or key))
+
+
+def _printable(key: str) -> str:
+    """Returns a key with an escape for each surrogate, which stands for bytes of a name that were not UTF-8."""
+    return key.encode("utf-8", "backslashreplace").decode()
 
 
 def _embed(
