@@ -175,7 +175,7 @@ def make_loader(
     check_records(config, directory, pretrained)
     index, count = batch_share(mesh)
     return Loader(
-        directory,
+        [(directory, 1.0)],
         batch=config.train.batch,
         seed=config.seed,
         policy=config.captions,
