@@ -178,7 +178,7 @@ def _check_end(file: BinaryIO, end: int) -> None:
     if len(found) < tarfile.BLOCKSIZE:
         raise tarfile.ReadError(
             f"it ends at byte {end} without the zeros that mark the end of a tar, so it may be cut short; copy it"
-            " again, or, if its writer leaves the zeros out, append them: head -c 1024 /dev/zero >> FILE"
+            f" again, or, if its writer leaves the zeros out, append them: head -c 1024 /dev/zero >> {file.name}"
         )
     if any(found[: tarfile.BLOCKSIZE]):
         raise tarfile.ReadError(f"it is damaged at byte {end}; copy it again")
