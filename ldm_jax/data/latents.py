@@ -18,9 +18,9 @@ from array_record.python.array_record_module import ArrayRecordReader
 from flax import serialization
 from jaxtyping import Float16
 
-from ldm_jax.data.durable import write_atomically
-from ldm_jax.data.typed_json import read_json
-from ldm_jax.scaling.records import in_bucket
+from ldm_jax.files.buckets import in_bucket
+from ldm_jax.files.durable import write_atomically
+from ldm_jax.files.typed_json import read_json
 
 VERSION = 1
 MANIFEST = "manifest.json"
