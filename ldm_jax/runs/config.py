@@ -36,6 +36,7 @@ from ldm_jax.diffusion import (
     check_rescale,
 )
 from ldm_jax.evals import METRICS
+from ldm_jax.evals.networks import SCORING
 from ldm_jax.files.durable import write_atomically
 from ldm_jax.models import BACKBONES, Backbone
 from ldm_jax.models.unet_config import UNetConfig
@@ -138,6 +139,20 @@ class TrainConfig:
             )
 
 
+_DIRECTORY = "  {0}: directory of this network that scores; none: {0}/ beside the pretrained models"
+NetworkDirectories = dataclasses.make_dataclass(
+    "NetworkDirectories",
+    [(name, str | None, None) for name in SCORING],
+    frozen=True,
+    namespace={
+        "__doc__": "\n".join(
+            ["Directories of networks.\n\nAttributes:", *map(_DIRECTORY.format, SCORING)]
+        ),
+        "__module__": __name__,
+    },
+)
+
+
 @dataclasses.dataclass(frozen=True)
 class EvalConfig:
     """Evaluation in the loop, and of `ldm_jax.evaluate`."""
@@ -152,11 +167,7 @@ class EvalConfig:
     metrics: tuple[str, ...] = ()  # names of scores; none: all that can be had
     # images that scores of sets are compared with: a source as data.source, or what ldm_jax.reference wrote (.npz)
     reference: str | None = None
-    # directory of the network that scores; none: that of its name beside the pretrained models
-    clip: str | None = None
-    inception: str | None = None  # as clip: FID's Inception-v3
-    dinov2: str | None = None  # as clip
-    lpips: str | None = None  # as clip
+    networks: NetworkDirectories = NetworkDirectories()
 
     def __post_init__(self) -> None:
         _at_least_one(self, "every", "shown")
@@ -189,6 +200,13 @@ class RunConfig:
     eval: EvalConfig = EvalConfig()
     mesh: MeshConfig = MeshConfig()
 
+    @staticmethod
+    def upgrade(content: dict[str, Any]) -> dict[str, Any]:
+        """Moves the directories of scoring networks of an earlier config.json to `eval.networks`."""
+        section = dict(content.get("eval", {}))
+        moved = {name: section.pop(name) for name in SCORING if name in section}
+        return content | {"eval": {"networks": moved} | section}
+
 
 # What a run may change when it continues; fnmatch patterns of dotted paths.
 MAY_CHANGE = (
@@ -201,10 +219,7 @@ MAY_CHANGE = (
     "eval.shown",
     "eval.metrics",
     "eval.reference",
-    "eval.clip",
-    "eval.inception",
-    "eval.dinov2",
-    "eval.lpips",
+    "eval.networks.*",
     "sampling.batch",
     "mesh.*",
     "data.workers",
