@@ -6,6 +6,7 @@ A ledger is only ever appended to. What was repeated (the same `key`) has severa
 import contextlib
 import dataclasses
 import fcntl
+import io
 import json
 import os
 import subprocess
@@ -113,7 +114,7 @@ def append_line(path: epath.PathLike, entry: Any) -> None:
 def read_lines(path: epath.PathLike) -> list[dict[str, Any]]:
     """The objects that `append_line` has added, none where there is no file, without what was left unfinished."""
     try:  # not `exists`, which takes a bucket that does not answer for an absent file
-        lines = epath.Path(path).read_text().splitlines()
+        lines = epath.Path(path).read_text().split("\n")
     except FileNotFoundError:
         return []
     found = []
@@ -162,7 +163,7 @@ def read_records(kind: type[Record], *paths: epath.PathLike) -> list[Record]:
 
 
 def _read(kind: type[Record], path: epath.Path) -> Iterator[Record]:
-    for number, line in enumerate(path.read_text().splitlines(), 1):
+    for number, line in enumerate(io.StringIO(path.read_text()), 1):
         try:
             entry = json.loads(line)
         except json.JSONDecodeError:
