@@ -17,6 +17,7 @@ from ldm_jax.config import RunConfig, claim
 from ldm_jax.data import open_source
 from ldm_jax.data.encoding import Limits, TextEncoder, encode
 from ldm_jax.data.latents import Manifest
+from ldm_jax.data.sources import tally
 from ldm_jax.flags import run_command
 from ldm_jax.models import weights
 from ldm_jax.parallel import jit, make_mesh, put_same
@@ -62,10 +63,10 @@ def main(flags: argparse.Namespace) -> None:
 
 
 def _summary(manifest: Manifest) -> str:
-    skipped = ", ".join(f"{len(keys)} {reason}" for reason, keys in manifest.skipped.items())
+    left_out = f", left out: {tally(manifest.left_out)}" if manifest.left_out else ""
     std = ", ".join(f"{value:.2f}" for value in manifest.latent_std)
     return (
-        f"{manifest.written} records of {manifest.read} items, skipped: {skipped or 'none'}; "
+        f"{manifest.written} records of {manifest.read} items, skipped: {tally(manifest.skipped)}{left_out}; "
         f"latents {'x'.join(map(str, manifest.latent_shape))}, std {std}"
     )
 

@@ -11,9 +11,11 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from ldm_jax.data.captions import as_captions
+from ldm_jax.data.images import ENDINGS
 from ldm_jax.data.sources import Item, Skip, digest
+from ldm_jax.data.text import decode
 
-IMAGES = ("jpg", "jpeg", "png", "webp")
+IMAGES = tuple(ending.removeprefix(".") for ending in ENDINGS)
 
 
 class _Span(NamedTuple):
@@ -31,7 +33,7 @@ class _Sample(NamedTuple):
 class Tars:
     """The samples of tar files, in order: `tars:/data/{000..010}.tar`.
 
-    A sample has its image as `.jpg`, `.jpeg`, `.png` or `.webp`, and its caption as `.txt` or in a field of `.json`.
+    A sample has its image by one of `images.ENDINGS`, and its caption as `.txt` or in a field of `.json`.
     The headers are read once, at the opening; after that any sample is one seek away.
 
     Attributes:
@@ -67,10 +69,10 @@ class Tars:
     def _captions(self, sample: _Sample) -> tuple[str, ...]:
         if "txt" in sample.members:
             text = _read(sample.path, sample.members["txt"])
-            return (text.decode("utf-8", "surrogateescape"),)
+            return (decode(text),)
         if "json" not in sample.members:
             return ()
-        text = _read(sample.path, sample.members["json"]).decode("utf-8", "surrogateescape")
+        text = decode(_read(sample.path, sample.members["json"]))
         try:
             captions = json.loads(text).get(self.caption)
         except (ValueError, AttributeError):
