@@ -79,7 +79,7 @@ class Folder:
 
     @property
     def left_out(self) -> Mapping[str, Sequence[str]]:
-        """What is in the folder and is neither image, caption nor metadata: endings or reasons, with the paths.
+        """What is in the folder and is no image, caption of one or metadata: endings or reasons, with the paths.
 
         Hidden files and folders are not among them.
         """
@@ -88,7 +88,7 @@ class Folder:
     def _captions(self, key: str) -> tuple[str, ...]:
         if key in self._listing.captions:
             return _join(self._listing.captions[key], key)
-        text = os.path.splitext(key)[0] + ".txt"
+        text = _text_of(key)
         if not os.path.lexists(os.path.join(self.path, text)):
             return ()
         return (decode(self._read(text)),)
@@ -116,12 +116,15 @@ class Folder:
                 for name, value in self._read_metadata(key):
                     captions[name].append(value)
                     lines.append(repr((name, value)))
-        images = {key for key in sizes if key.lower().endswith(ENDINGS)}
-        others = {
-            reason: sorted(set(paths) - captions.keys()) for reason, paths in left_out.items()
+        images = {key for key in sizes if key.lower().endswith(ENDINGS)} | captions.keys()
+        texts = {key for key in sizes if key.lower().endswith(".txt")}
+        left_out[".txt without image"] += texts - set(map(_text_of, images))
+        left_out = {
+            reason: unnamed
+            for reason, paths in sorted(left_out.items())
+            if (unnamed := sorted(set(paths) - captions.keys()))
         }
-        left_out = {reason: paths for reason, paths in sorted(others.items()) if paths}
-        return _Listing(sorted(images | captions.keys()), dict(captions), left_out, digest(lines))
+        return _Listing(sorted(images), dict(captions), left_out, digest(lines))
 
     def _read_metadata(self, key: str) -> Iterator[tuple[str, Any]]:
         """Yields key and captions of each row; a row that cannot be used has a Skip in their place."""
@@ -141,6 +144,11 @@ class Folder:
             yield os.path.relpath(file, self.path), _captions_or_skip(value, key)
 
 
+def _text_of(key: str) -> str:
+    """Returns the path of the text file that holds an image's caption."""
+    return os.path.splitext(key)[0] + ".txt"
+
+
 def _join(rows: Sequence[Any], key: str) -> tuple[str, ...]:
     for value in rows:
         if isinstance(value, Skip):
@@ -156,7 +164,7 @@ def _captions_or_skip(value: Any, key: str) -> Any:
     return value
 
 
-def _walk(root: str) -> tuple[list[str], Mapping[str, list[str]]]:
+def _walk(root: str) -> tuple[list[str], dict[str, list[str]]]:
     """Returns the files that matter, and by ending or reason all others, as paths below `root`; no hidden ones."""
     files, left_out = [], collections.defaultdict(list)
 

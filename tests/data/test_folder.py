@@ -222,7 +222,8 @@ def test_images_of_every_known_ending_are_items_that_can_be_read(tmp_path):
 
 
 def test_what_is_left_out_is_named_and_said(tmp_path, caplog):
-    for name in ("in/a.png", "listed.dat", "b.heic", "in/c.HEIC", "README", ".hidden.heic"):
+    names = ("in/a.png", "listed.dat", "b.heic", "in/c.HEIC", "README", ".hidden.heic")
+    for name in (*names, "in/a.txt", "in/a.png.txt", "listed.txt"):
         put(tmp_path / name)
     put(tmp_path / "metadata.csv", "file_name,text\nlisted.dat,no ending of an image\n")
     (tmp_path / "in" / "linked").symlink_to(tmp_path)
@@ -230,10 +231,11 @@ def test_what_is_left_out_is_named_and_said(tmp_path, caplog):
         source = open_source(f"folder:{tmp_path}")
     assert source.left_out == {
         ".heic": ["b.heic", "in/c.HEIC"],
+        ".txt without image": ["in/a.png.txt"],
         "file without ending": ["README"],
         "linked folder": ["in/linked"],
     }
-    assert "left out: 2 .heic, 1 file without ending, 1 linked folder" in caplog.text
+    assert "left out: 2 .heic, 1 .txt without image, 1 file without" in caplog.text
     assert [source[0].key, source[1].key] == ["in/a.png", "listed.dat"]
 
 
