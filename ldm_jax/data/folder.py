@@ -58,7 +58,7 @@ class Folder:
                 f"folder: {self.path} holds no image ({', '.join(ENDINGS)}); left out: {left_out}"
             )
         if self.left_out:
-            _log.info("folder: of %s are left out: %s", self.path, left_out)
+            _log.info("folder: left out of %s: %s", self.path, left_out)
 
     def __len__(self) -> int:
         return len(self._listing.keys)

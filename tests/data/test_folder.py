@@ -235,7 +235,7 @@ def test_what_is_left_out_is_named_and_said(tmp_path, caplog):
         "file without ending": ["README"],
         "linked folder": ["in/linked"],
     }
-    assert "left out: 2 .heic, 1 .txt without image, 1 file without" in caplog.text
+    assert f"left out of {tmp_path}: 2 .heic, 1 .txt without image, 1 file" in caplog.text
     assert [source[0].key, source[1].key] == ["in/a.png", "listed.dat"]
 
 
