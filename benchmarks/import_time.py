@@ -9,7 +9,7 @@ import statistics
 import subprocess
 import sys
 
-MODULES = ("ldm_jax", "ldm_jax.diffusion", "ldm_jax.models.unet", "ldm_jax.flags")
+MODULES = ("ldm_jax", "ldm_jax.diffusion", "ldm_jax.models.unet", "ldm_jax.settings.command_line")
 REPEATS = 7
 
 SOURCE = """

@@ -10,14 +10,14 @@ import argparse
 
 import jax
 
-from ldm_jax import programs
-from ldm_jax.config import RunConfig
-from ldm_jax.flags import parse
 from ldm_jax.parallel import make_mesh
-from ldm_jax.parallel.aot import topology
 from ldm_jax.parallel.chips import chip
-from ldm_jax.parallel.cost import profile
-from ldm_jax.parallel.roofline import timed
+from ldm_jax.planning import programs
+from ldm_jax.planning.aot import topology
+from ldm_jax.planning.cost import profile
+from ldm_jax.planning.roofline import timed
+from ldm_jax.runs.config import RunConfig
+from ldm_jax.settings.command_line import parse
 
 CONFIG = "--config=configs/text_to_image.py"
 PIXART = (f"{CONFIG}:pixart-alpha", "--config.data.text_embeddings=true")

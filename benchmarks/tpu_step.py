@@ -23,8 +23,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from ldm_jax.models.sizes import backbone
 from ldm_jax.parallel import MeshConfig, compiler_options, make_mesh
-from ldm_jax.parallel.aot import topology
-from ldm_jax.parallel.cost import cost, profile
+from ldm_jax.planning.aot import topology
+from ldm_jax.planning.cost import cost, profile
 
 
 def compiled_step(arguments):

@@ -11,11 +11,11 @@ import dataclasses
 
 import jax
 
-from ldm_jax import programs
-from ldm_jax.config import RunConfig
-from ldm_jax.flags import run_command
 from ldm_jax.parallel import make_mesh
-from ldm_jax.parallel.aot import topology
+from ldm_jax.planning import programs
+from ldm_jax.planning.aot import topology
+from ldm_jax.runs.config import RunConfig
+from ldm_jax.settings.command_line import run_command
 
 TOPOLOGIES = "v5p:2x2x1,v5p:2x2x4,v5p:4x4x4,v5p:4x8x8"
 HEADER = (

@@ -6,11 +6,11 @@ same for combinations that training never shows. Cost: ten minutes on two cores,
 compile, and an eighth of training to evaluate.
 """
 
-from ldm_jax.config import DataConfig, EvalConfig, RunConfig, SamplingConfig, TrainConfig
-from ldm_jax.configuration import to_config_dict
 from ldm_jax.data.captions import CaptionPolicy
 from ldm_jax.diffusion import Weyl
 from ldm_jax.models.unet_config import UNetConfig
+from ldm_jax.runs.config import DataConfig, EvalConfig, RunConfig, SamplingConfig, TrainConfig
+from ldm_jax.settings.schema import to_config_dict
 from ldm_jax.training.optimizer import OptimizerConfig
 
 

@@ -9,11 +9,11 @@ After 32,000 examples 0.57, then 0.81, 0.87, 0.90, 0.92, 0.94, 0.95. Weakest is 
 Samples: docs/full.png. Cost: 3 minutes to encode and 43 to train on two cores that other work shared.
 """
 
-from ldm_jax.config import DataConfig, EvalConfig, RunConfig, SamplingConfig, TrainConfig
-from ldm_jax.configuration import to_config_dict
 from ldm_jax.data.captions import CaptionPolicy
 from ldm_jax.diffusion import Weyl
 from ldm_jax.models.unet_config import UNetConfig
+from ldm_jax.runs.config import DataConfig, EvalConfig, RunConfig, SamplingConfig, TrainConfig
+from ldm_jax.settings.schema import to_config_dict
 from ldm_jax.training.optimizer import OptimizerConfig
 
 

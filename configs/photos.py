@@ -10,9 +10,9 @@ pictures worth looking at give `--config.pretrained=` a directory in Stable Diff
 that the accelerator has room for. There is no expected result: it depends on the photographs.
 """
 
-from ldm_jax.config import DataConfig, EvalConfig, RunConfig, SamplingConfig, TrainConfig
-from ldm_jax.configuration import to_config_dict
 from ldm_jax.models.unet_config import UNetConfig
+from ldm_jax.runs.config import DataConfig, EvalConfig, RunConfig, SamplingConfig, TrainConfig
+from ldm_jax.settings.schema import to_config_dict
 from ldm_jax.training.optimizer import OptimizerConfig
 
 

@@ -16,10 +16,10 @@ must fit the backbone: a text width of 1024 is Stable Diffusion 2.1's, 768 that 
 
 import dataclasses
 
-from ldm_jax.config import DataConfig, EvalConfig, RunConfig, SamplingConfig, TrainConfig
-from ldm_jax.configuration import to_config_dict
 from ldm_jax.data.captions import CaptionPolicy
 from ldm_jax.models.sizes import backbone
+from ldm_jax.runs.config import DataConfig, EvalConfig, RunConfig, SamplingConfig, TrainConfig
+from ldm_jax.settings.schema import to_config_dict
 from ldm_jax.training.optimizer import OptimizerConfig
 
 BATCH = 2048

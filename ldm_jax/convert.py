@@ -25,10 +25,7 @@ from typing import Any
 import jax
 from etils import epath
 
-from ldm_jax import build
-from ldm_jax.config import WEIGHTS, RunConfig
-from ldm_jax.configuration import CONFIG_FILE, from_json
-from ldm_jax.flags import any_path, run_command
+from ldm_jax.files.buckets import in_bucket
 from ldm_jax.models import Backbone, originals, scheduler, weights
 from ldm_jax.models.clip import CLIPTextConfig
 from ldm_jax.models.names import Names
@@ -38,8 +35,11 @@ from ldm_jax.models.t5 import T5Config
 from ldm_jax.models.text import Text
 from ldm_jax.models.unet_config import UNetConfig
 from ldm_jax.parallel import MeshConfig, make_mesh
-from ldm_jax.pretrained import load_pretrained, pretrained_directory
-from ldm_jax.scaling.records import in_bucket
+from ldm_jax.runs import build
+from ldm_jax.runs.config import WEIGHTS, RunConfig
+from ldm_jax.runs.pretrained import load_pretrained, pretrained_directory
+from ldm_jax.settings.command_line import any_path, run_command
+from ldm_jax.settings.schema import CONFIG_FILE, from_json
 from ldm_jax.types import Params
 
 INDEX = "model_index.json"

@@ -12,16 +12,16 @@ import functools
 
 import jax
 
-from ldm_jax import build
-from ldm_jax.config import RunConfig, claim
 from ldm_jax.data import open_source
 from ldm_jax.data.encoding import Limits, TextEncoder, encode
 from ldm_jax.data.latents import Manifest
 from ldm_jax.data.sources import tally
-from ldm_jax.flags import run_command
 from ldm_jax.models import weights
 from ldm_jax.parallel import jit, make_mesh, put_same
-from ldm_jax.pretrained import load_pretrained
+from ldm_jax.runs import build
+from ldm_jax.runs.config import RunConfig, claim
+from ldm_jax.runs.pretrained import load_pretrained
+from ldm_jax.settings.command_line import run_command
 from ldm_jax.types import Cond, Images, Latent
 
 

@@ -29,16 +29,11 @@ import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
-from ldm_jax import build
-from ldm_jax.config import RunConfig, SamplingConfig
-from ldm_jax.configuration import to_json
 from ldm_jax.data import open_source
-from ldm_jax.data.durable import alone_in, write_atomically
 from ldm_jax.data.sources import Skip, Source, provenance
 from ldm_jax.diffusion import SAMPLERS
 from ldm_jax.evals.cells import DIRECTORY, Cell, check_comparable, read_cell
 from ldm_jax.evals.evaluator import Part
-from ldm_jax.evals.page import evaluation_page
 from ldm_jax.evals.prompt_sets import cleaned
 from ldm_jax.evals.prompts import Prompts
 from ldm_jax.evals.references import Reference, SourceImages, Truth
@@ -51,15 +46,20 @@ from ldm_jax.evals.session import (
     over_seeds,
     seeds_of,
 )
-from ldm_jax.flags import UsageError, run_command
+from ldm_jax.files.durable import alone_in, write_atomically
 from ldm_jax.metrics.paired import Paired
 from ldm_jax.metrics.resize import to_pixels
 from ldm_jax.models import weights
 from ldm_jax.models.text import warn_of_truncation
 from ldm_jax.nn.functional import Functional
+from ldm_jax.pages.evaluation import evaluation_page
 from ldm_jax.parallel import distributed, make_mesh
-from ldm_jax.pretrained import Pretrained, load_pretrained, load_scoring
-from ldm_jax.scoring import Scoring, identity, make_reference, make_scoring
+from ldm_jax.runs import build
+from ldm_jax.runs.config import RunConfig, SamplingConfig
+from ldm_jax.runs.pretrained import Pretrained, load_pretrained, load_scoring
+from ldm_jax.runs.scoring import Scoring, identity, make_reference, make_scoring
+from ldm_jax.settings.command_line import UsageError, run_command
+from ldm_jax.settings.schema import to_json
 from ldm_jax.types import Params, Pixels
 
 PAGE = "evaluation.html"

@@ -25,17 +25,17 @@ from typing import Any
 
 import jax
 
-from ldm_jax import layouts, programs
-from ldm_jax.config import RunConfig
-from ldm_jax.flags import UsageError, run_command
 from ldm_jax.models import BACKBONES
 from ldm_jax.models.sizes import SIZES, UNITS
 from ldm_jax.parallel import make_mesh
-from ldm_jax.parallel.aot import topology
 from ldm_jax.parallel.chips import Chip, chip
-from ldm_jax.parallel.collectives import Collective
-from ldm_jax.parallel.cost import Memory, OutOfMemory
-from ldm_jax.scheduled import scheduled
+from ldm_jax.planning import layouts, programs
+from ldm_jax.planning.aot import topology
+from ldm_jax.planning.collectives import Collective
+from ldm_jax.planning.cost import Memory, OutOfMemory
+from ldm_jax.planning.scheduled import scheduled
+from ldm_jax.runs.config import RunConfig
+from ldm_jax.settings.command_line import UsageError, run_command
 
 HEADER = ("backbone", "source", "M params", "printed", "", "forward", "", "printed", "", "")
 ROW = "{:<22} {:<11} {:>9} {:>8} {:>7} {:>9} {:<6} {:>8} {:>7}  {}"

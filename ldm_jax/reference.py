@@ -12,11 +12,11 @@ import argparse
 
 from etils import epath
 
-from ldm_jax.config import RunConfig
-from ldm_jax.flags import UsageError, any_path, run_command
 from ldm_jax.parallel import distributed, make_mesh
-from ldm_jax.pretrained import load_scoring
-from ldm_jax.scoring import compared, measure
+from ldm_jax.runs.config import RunConfig
+from ldm_jax.runs.pretrained import load_scoring
+from ldm_jax.runs.scoring import compared, measure
+from ldm_jax.settings.command_line import UsageError, any_path, run_command
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:

@@ -30,11 +30,14 @@ from etils import epath
 from matplotlib.axes import Axes
 from PIL import Image
 
-from ldm_jax.data.durable import write_atomically
-from ldm_jax.flags import any_path, run_command
-from ldm_jax.scaling import pages, plots
-from ldm_jax.scaling.pages import COLUMNS, MAX_TILE
-from ldm_jax.scaling.records import RunRecord, read_lines, read_records
+from ldm_jax.files.durable import write_atomically
+from ldm_jax.files.flat import flat
+from ldm_jax.files.ledger import read_records
+from ldm_jax.files.lines import read_lines
+from ldm_jax.pages import elements, plots
+from ldm_jax.pages.elements import COLUMNS, MAX_TILE
+from ldm_jax.settings.command_line import any_path, run_command
+from ldm_jax.training.record import RunRecord
 from ldm_jax.types import Estimate
 
 Line = dict[str, Any]
@@ -82,7 +85,7 @@ def read_run(workdir: epath.PathLike) -> Run:
 def page(run: Run) -> str:
     """The whole page; what the run does not have is said in its place."""
     styles, samples = _samples(run)
-    return pages.fill(
+    return elements.fill(
         Path(__file__).with_suffix(".html"),
         title=html.escape(run.workdir.resolve().name),
         summary=html.escape(_summary(run)),
@@ -135,7 +138,7 @@ def _summary(run: Run) -> str:
     parts = [f"{_short(seen)} examples"]
     if run.record:
         network = f"{_short(run.record.params)} parameters"
-        parts = [network, *parts, f"{pages.duration(run.record.seconds)} on {run.record.chips}"]
+        parts = [network, *parts, f"{elements.duration(run.record.seconds)} on {run.record.chips}"]
     return " · ".join(parts)
 
 
@@ -143,7 +146,7 @@ def _samples(run: Run) -> tuple[str, str]:
     """The grids as style rules, and the gallery whose tiles show their places of the chosen grid."""
     found = [line for line in run.evaluations if (run.workdir / line.get("samples", "-")).is_file()]
     if not found:
-        return "", pages.missing("No evaluation of this run has left a grid of images.")
+        return "", elements.missing("No evaluation of this run has left a grid of images.")
     chosen = _spread(found, MAX_SHEETS)
     paths = [run.workdir / line["samples"] for line in chosen]
     labels = [f"after {line['examples']:,} examples" for line in chosen]
@@ -153,7 +156,7 @@ def _samples(run: Run) -> tuple[str, str]:
         labels.append("true images")
     sheets = [sheet(path) for path in paths]
     styles = "\n".join(
-        f"  .sheet{i} .tile {{ background-image: url({pages.data_address(image)}); }}"
+        f"  .sheet{i} .tile {{ background-image: url({elements.data_address(image)}); }}"
         for i, image in enumerate(sheets)
     )
     gallery = _gallery(run, sheets[last].height * COLUMNS // sheets[last].width)
@@ -170,7 +173,7 @@ def _spread(lines: list[Line], count: int) -> list[Line]:
 
 def sheet(path: epath.PathLike) -> Image.Image:
     """A grid without its gaps, its images no larger than the page shows them."""
-    tiles = pages.cut_grid(path)
+    tiles = elements.cut_grid(path)
     joined = Image.fromarray(rearrange(tiles, "(r c) h w rgb -> (r h) (c w) rgb", c=COLUMNS))
     joined.thumbnail((COLUMNS * MAX_TILE, joined.height), Image.Resampling.LANCZOS)
     return joined
@@ -190,7 +193,7 @@ def _gallery(run: Run, rows: int) -> str:
     tiles: dict[str, list[str]] = {}
     for i, line in enumerate(prompts[:count]):
         tiles.setdefault(line.get("group", ""), []).append(_tile(i, rows, line["prompt"]))
-    parts = [] if run.prompts else [pages.missing("No prompts.json.")]
+    parts = [] if run.prompts else [elements.missing("No prompts.json.")]
     for group in sorted(tiles):
         parts.append(f"<h3>prompts: {html.escape(group)}</h3>" if group else "")
         parts.append(f'<div class="gallery">{"".join(tiles[group])}</div>')
@@ -211,14 +214,18 @@ def _tile(index: int, rows: int, prompt: str) -> str:
 def _scores(run: Run) -> str:
     scored = [line for line in run.evaluations if line.get("scores")]
     if not scored:
-        return pages.missing("This run has not been evaluated.")
+        return elements.missing("This run has not been evaluated.")
     names = list(dict.fromkeys(name for line in scored for name in line["scores"]))
     columns = {"this run": scored[-1]["scores"], **run.references}
     rows = [[name, *(_estimate(scores.get(name)) for scores in columns.values())] for name in names]
-    note = "" if run.references else pages.missing("No references.json to hold the scores against.")
+    note = (
+        "" if run.references else elements.missing("No references.json to hold the scores against.")
+    )
     bases = dict.fromkeys(name.partition("/")[0] for name in names)
-    charts = "".join(pages.chart(base, partial(_paint_score, run, scored, base)) for base in bases)
-    return pages.table(["", *columns], rows) + note + f'<div class="charts">{charts}</div>'
+    charts = "".join(
+        elements.chart(base, partial(_paint_score, run, scored, base)) for base in bases
+    )
+    return elements.table(["", *columns], rows) + note + f'<div class="charts">{charts}</div>'
 
 
 def _paint_score(run: Run, scored: list[Line], base: str, axes: Axes) -> None:
@@ -245,14 +252,14 @@ def _losses(run: Run) -> str:
     charts = []
     trained = [line for line in run.metrics if "loss" in line]
     if trained:
-        charts.append(pages.chart("training", partial(_paint_loss, trained)))
+        charts.append(elements.chart("training", partial(_paint_loss, trained)))
     checked = [line for line in run.evaluations if line.get("validation")]
     if checked:
         charts.append(
-            pages.chart("validation, by noise level", partial(_paint_validation, checked))
+            elements.chart("validation, by noise level", partial(_paint_validation, checked))
         )
     absent = [
-        pages.missing(sentence)
+        elements.missing(sentence)
         for lines, sentence in (
             (trained, "No line of metrics.jsonl has a loss."),
             (checked, "No evaluation has a validation loss."),
@@ -298,14 +305,14 @@ def _paint_validation(lines: list[Line], axes: Axes) -> None:
 
 def _costs(run: Run) -> str:
     if run.record is None:
-        return pages.missing("No record.jsonl: this run has not finished.")
+        return elements.missing("No record.jsonl: this run has not finished.")
     record = run.record
     rows = [
         ["parameters", f"{record.params:,}"],
         ["examples", f"{record.examples:,}"],
         ["GFLOPs per example", f"{record.flops / record.examples / 1e9:,.4g}"],
         ["FLOPs in all", f"{record.flops:.3g}"],
-        ["time", pages.duration(record.seconds)],
+        ["time", elements.duration(record.seconds)],
         *(
             [["examples per second", f"{record.examples / record.seconds:,.4g}"]]
             if record.seconds
@@ -315,19 +322,19 @@ def _costs(run: Run) -> str:
         ["commit", html.escape(record.commit or "unknown")],
         ["seed", str(record.seed)],
     ]
-    return pages.table([], rows)
+    return elements.table([], rows)
 
 
 def _config(run: Run) -> str:
     if not run.config:
-        return pages.missing("No config.json.")
-    lines = (f"{name} = {json.dumps(value)}" for name, value in pages.flat(run.config))
+        return elements.missing("No config.json.")
+    lines = (f"{name} = {json.dumps(value)}" for name, value in flat(run.config))
     text = html.escape("\n".join(lines))
     return f"<details><summary>All settings</summary><pre>{text}</pre></details>"
 
 
 def _estimate(row: list[int | float] | None) -> str:
-    return pages.estimate(None if row is None else Estimate(*row))
+    return elements.estimate(None if row is None else Estimate(*row))
 
 
 def _short(count: int) -> str:

@@ -20,16 +20,16 @@ import numpy as np
 from etils import epath
 from tqdm import tqdm
 
-from ldm_jax import build
-from ldm_jax.config import RunConfig
 from ldm_jax.diffusion import Progress
 from ldm_jax.evals.generation import Generate
 from ldm_jax.evals.image_grids import save_grid, save_png
 from ldm_jax.evals.prompts import read_lines
-from ldm_jax.flags import any_path, run_command
 from ldm_jax.models.text import warn_of_truncation
 from ldm_jax.parallel import jit, make_mesh, put_same, replicated
-from ldm_jax.pretrained import Pretrained, load_pretrained
+from ldm_jax.runs import build
+from ldm_jax.runs.config import RunConfig
+from ldm_jax.runs.pretrained import Pretrained, load_pretrained
+from ldm_jax.settings.command_line import any_path, run_command
 from ldm_jax.types import Params, Pixels
 
 

@@ -20,29 +20,31 @@ import jax
 import numpy as np
 from etils import epath
 
-from ldm_jax import build
-from ldm_jax.config import CHECKPOINTS, RunConfig, claim
-from ldm_jax.configuration import to_json
-from ldm_jax.data.durable import alone_in
 from ldm_jax.data.scenes import render
 from ldm_jax.evals import METRICS
 from ldm_jax.evals.evaluator import Evaluator
 from ldm_jax.evals.features import Features
 from ldm_jax.evals.journal import Journal
 from ldm_jax.evals.prompts import Prompts
-from ldm_jax.flags import run_command
+from ldm_jax.files.durable import alone_in
+from ldm_jax.files.ledger import append_record, commit
+from ldm_jax.files.lines import append_line, read_lines
 from ldm_jax.metrics.resize import to_images
 from ldm_jax.models.flops import count
 from ldm_jax.models.text import warn_of_truncation
 from ldm_jax.nn.functional import Functional
 from ldm_jax.parallel import distributed, make_mesh
-from ldm_jax.pretrained import Pretrained, load_pretrained
-from ldm_jax.scaling.records import RunRecord, append_line, append_record, commit, read_lines
-from ldm_jax.scoring import Scoring, make_reference, make_scoring
+from ldm_jax.runs import build
+from ldm_jax.runs.config import CHECKPOINTS, RunConfig, claim
+from ldm_jax.runs.pretrained import Pretrained, load_pretrained
+from ldm_jax.runs.scoring import Scoring, make_reference, make_scoring
+from ldm_jax.settings.command_line import run_command
+from ldm_jax.settings.schema import to_json
 from ldm_jax.training import Every, Hook, State, Stopwatch, Tick, fit, prefetch
 from ldm_jax.training.checkpoints import Checkpoints
 from ldm_jax.training.hooks import Guard, Metrics, Profiler, Progress, tensorboard
 from ldm_jax.training.loop import tolerated
+from ldm_jax.training.record import RunRecord
 from ldm_jax.training.saving import Preemption, Save
 from ldm_jax.types import Estimate, Params, Pixels
 

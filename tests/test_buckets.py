@@ -11,20 +11,23 @@ import json
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import runs
+import tiny
 from etils import epath
 from etils.epath import backend, gpath
 from fsspec.implementations.memory import MemoryFileSystem
 
-from ldm_jax import build, convert, encode, evaluate, report, sample, train
-from ldm_jax.config import CHECKPOINTS, RunConfig, claim
-from ldm_jax.data.durable import alone_in, write_atomically
+from ldm_jax import convert, encode, evaluate, report, sample, train
 from ldm_jax.evals.journal import Journal
-from ldm_jax.flags import UsageError, parse
-from ldm_jax.scaling.records import RunRecord, append_line, append_record, read_records
+from ldm_jax.files.durable import alone_in, write_atomically
+from ldm_jax.files.ledger import append_record, read_records
+from ldm_jax.files.lines import append_line
+from ldm_jax.runs import build
+from ldm_jax.runs.config import CHECKPOINTS, RunConfig, claim
+from ldm_jax.settings.command_line import UsageError, parse
 from ldm_jax.training import Tick, TrainingError
 from ldm_jax.training.checkpoints import Checkpoints
 from ldm_jax.training.hooks import Guard, Metrics, tensorboard
+from ldm_jax.training.record import RunRecord
 from ldm_jax.types import Batch, Estimate
 
 IMAGES = np.zeros((3, 8, 8, 3), np.uint8)
@@ -194,7 +197,7 @@ def test_latents_in_a_bucket_are_refused_with_what_helps(bucket, tmp_path, comma
     words = [f"--config.data.records={bucket}/latents"] if where == "records" else []
     workdir = tmp_path / "run" if where == "records" else bucket
     with pytest.raises(ValueError, match=r"^latents cannot be in gs://\S+/latents, .*mounted"):
-        runs.run(command, workdir, runs.given(tmp_path), *words)
+        tiny.run(command, workdir, tiny.given(tmp_path), *words)
 
 
 def test_a_file_system_that_is_no_bucket_is_refused():
@@ -203,7 +206,7 @@ def test_a_file_system_that_is_no_bucket_is_refused():
 
 
 def test_a_run_that_becomes_a_pipeline_may_be_in_a_bucket(bucket, tmp_path):
-    claim(runs.TINY, bucket)
+    claim(tiny.TINY, bucket)
     words = [f"--from={bucket}", f"--to={tmp_path / 'pipeline'}"]
     with pytest.raises(FileNotFoundError, match=r"no sound checkpoint in gs://\S+/run/checkpoints"):
         convert.main(parse(words, add_flags=convert.add_flags, in_workdir=False))
@@ -230,21 +233,21 @@ def test_a_run_trains_continues_and_is_evaluated_sampled_and_reported(
     for module in (build, train):
         monkeypatch.setattr(module, "Checkpoints", checkpoints)
     monkeypatch.setattr(train, "tensorboard", lambda _: tensorboard(tmp_path / "board"))
-    short = dataclasses.replace(runs.TINY.train, examples=32)
-    config = dataclasses.replace(runs.TINY, train=short)
+    short = dataclasses.replace(tiny.TINY.train, examples=32)
+    config = dataclasses.replace(tiny.TINY, train=short)
     latents = f"--config.data.records={tmp_path / 'latents'}"
-    runs.run(encode, bucket, runs.given(tmp_path, config), latents)
-    runs.run(train, bucket)
-    runs.run(train, bucket, "--config.train.examples=64")
+    tiny.run(encode, bucket, tiny.given(tmp_path, config), latents)
+    tiny.run(train, bucket)
+    tiny.run(train, bucket, "--config.train.examples=64")
     assert [row["examples"] for row in lines(bucket / "metrics.jsonl") if "loss" in row] == [
         *(16, 32, 48, 64)
     ]
     assert [row["examples"] for row in lines(bucket / "evaluations.jsonl")] == [0, 32, 64]
     assert [row["examples"] for row in lines(bucket / "record.jsonl")] == [32, 64]
     assert [row["from"] for row in lines(bucket / "goodput.jsonl")] == [0, 32]
-    runs.run(evaluate, bucket)
+    tiny.run(evaluate, bucket)
     assert lines(bucket / "scores.jsonl")[0]["model"]["examples"] == 64
-    runs.run(sample, bucket, "--prompt=a red circle", add_flags=sample.add_flags)
+    tiny.run(sample, bucket, "--prompt=a red circle", add_flags=sample.add_flags)
     assert {path.name for path in (bucket / "images").iterdir()} >= {"00000-00.png", "grid.png"}
     report.main(parse([f"--workdir={bucket}"], add_flags=report.add_flags))
     assert "faithfulness" in (bucket / "report.html").read_text()

@@ -9,15 +9,16 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-import runs
+import tiny
 from PIL import Image
 
-from ldm_jax import build, encode, evaluate, report, sample, train
-from ldm_jax.data.durable import alone_in
+from ldm_jax import encode, evaluate, report, sample, train
 from ldm_jax.diffusion import Even, Heun, RectifiedFlow
-from ldm_jax.flags import UsageError, parse
+from ldm_jax.files.durable import alone_in
 from ldm_jax.parallel import make_mesh
-from ldm_jax.pretrained import load_pretrained, pretrained_directory
+from ldm_jax.runs import build
+from ldm_jax.runs.pretrained import load_pretrained, pretrained_directory
+from ldm_jax.settings.command_line import UsageError, parse
 from ldm_jax.training import TrainingError
 from ldm_jax.training.checkpoints import Checkpoints
 
@@ -28,7 +29,7 @@ LARGE_RED = "a large plain red circle at the center on a gray background"
 def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("here")
     with contextlib.chdir(folder):  # a relative path, as people give them
-        runs.run_whole(Path("run"))
+        tiny.run_whole(Path("run"))
     return folder / "run"
 
 
@@ -75,7 +76,7 @@ def test_samples_are_a_function_of_prompt_number_and_seed(run, tmp_path):
     words = [f"--prompt={LARGE_RED}", "--prompt=a small blue ring", "--seeds=2"]
     for name, batch in (("one", 8), ("other", 16)):
         flags = [*words, f"--output={tmp_path / name}", f"--config.sampling.batch={batch}"]
-        runs.run(sample, run, *flags, add_flags=sample.add_flags)
+        tiny.run(sample, run, *flags, add_flags=sample.add_flags)
     names = sorted(path.name for path in (tmp_path / "one").glob("0*.png"))
     assert names == ["00000-00.png", "00000-01.png", "00001-00.png", "00001-01.png"]
     pixels = {
@@ -92,7 +93,7 @@ def test_samples_are_a_function_of_prompt_number_and_seed(run, tmp_path):
 def test_every_step_is_shown_on_request(run, tmp_path, capsys):
     words = ["--prompt=x", "--seeds=9", "--config.sampling.steps=3", f"--output={tmp_path}"]
     for more in ([], ["--progress"]):
-        runs.run(sample, run, *words, *more, add_flags=sample.add_flags)
+        tiny.run(sample, run, *words, *more, add_flags=sample.add_flags)
         assert ("6/6" in capsys.readouterr().err) == bool(more)  # of 2 batches
 
 
@@ -104,7 +105,7 @@ def test_what_of_prompts_no_encoder_sees_is_shown_by_all_that_draw(run, tmp_path
     pretrained = load_pretrained(flags.config, mesh)
     network = build.make_backbone(flags.config, pretrained)
     for command in (
-        lambda: runs.run(sample, run, *more, add_flags=sample.add_flags),
+        lambda: tiny.run(sample, run, *more, add_flags=sample.add_flags),
         lambda: evaluate.of_model(flags.config, flags.workdir, flags, mesh),
         lambda: train.make_evaluated(flags.config, flags.workdir, network, pretrained, mesh),
     ):
@@ -119,13 +120,13 @@ def test_images_decoded_in_tiles_are_almost_those_decoded_whole(run, tmp_path):
     for tile in (0, 6):
         words = [f"--prompt={LARGE_RED}", f"--output={tmp_path / str(tile)}"]
         flags = [*words, f"--config.sampling.tile={tile}"]
-        runs.run(sample, run, *flags, add_flags=sample.add_flags)
+        tiny.run(sample, run, *flags, add_flags=sample.add_flags)
     whole, tiled = (read(tmp_path / name / "00000-00.png") for name in ("0", "6"))
     assert 0 < np.sqrt(np.mean((whole - tiled) ** 2)) < 25
 
 
 def test_evaluation_of_the_last_checkpoint_repeats_that_of_training(run, capsys):
-    runs.run(evaluate, run)
+    tiny.run(evaluate, run)
     again = lines(run / "scores.jsonl")[-1]
     trained = lines(run / "evaluations.jsonl")[-1]
     assert again["model"]["examples"] == trained["examples"]
@@ -136,7 +137,7 @@ def test_evaluation_of_the_last_checkpoint_repeats_that_of_training(run, capsys)
 
 def test_every_combination_is_evaluated_once_and_seeds_together(run, capsys):
     words = ["--samplers=ddim,ddpm", "--guidance=1,2", "--seeds=0,1"]
-    runs.run(evaluate, run, *words)
+    tiny.run(evaluate, run, *words)
     count = len(lines(run / "scores.jsonl"))
     found = {line["cell"].rsplit("-", 1)[0]: line for line in lines(run / "scores.jsonl")}
     drawn = [f"{s}-2-g{g}-s{n}" for s in ("ddim", "ddpm") for g in (1, 2) for n in (0, 1)]
@@ -146,16 +147,16 @@ def test_every_combination_is_evaluated_once_and_seeds_together(run, capsys):
         alone = [found[name.replace("0+1", seed)]["scores"] for seed in "01"]
         for score, (value, *_) in found[name]["scores"].items():
             assert value == pytest.approx(np.mean([each[score][0] for each in alone])), score
-    runs.run(evaluate, run, *words)
+    tiny.run(evaluate, run, *words)
     assert len(lines(run / "scores.jsonl")) == count
     assert "ddpm-2-g2-s0+1" in capsys.readouterr().out
 
 
 def test_images_that_are_kept_score_as_they_did_when_they_were_drawn(run, tmp_path):
-    runs.run(evaluate, run, "--keep", "--seeds=5")
+    tiny.run(evaluate, run, "--keep", "--seeds=5")
     drawn = lines(run / "scores.jsonl")[-1]
     images = run / "evaluated" / drawn["cell"] / "images"
-    runs.run(evaluate, tmp_path, runs.given(tmp_path), f"--images=folder:{images}")
+    tiny.run(evaluate, tmp_path, tiny.given(tmp_path), f"--images=folder:{images}")
     given = lines(tmp_path / "scores.jsonl")[-1]
     assert "clip_score" in given["scores"]
     assert given["prompts"]["digest"] == drawn["prompts"]["digest"]
@@ -164,8 +165,8 @@ def test_images_that_are_kept_score_as_they_did_when_they_were_drawn(run, tmp_pa
 
 
 def test_images_can_be_kept_of_what_is_finished(run):
-    runs.run(evaluate, run, "--seeds=6")
-    runs.run(evaluate, run, "--seeds=6", "--keep")
+    tiny.run(evaluate, run, "--seeds=6")
+    tiny.run(evaluate, run, "--seeds=6", "--keep")
     line = lines(run / "scores.jsonl")[-1]
     images = run / "evaluated" / line["cell"] / "images"
     assert len(list(images.glob("*.png"))) == len(lines(images / "metadata.jsonl")) == 8
@@ -173,7 +174,7 @@ def test_images_can_be_kept_of_what_is_finished(run):
 
 def test_a_model_that_is_used_otherwise_is_evaluated_anew(run):
     first = lines(run / "scores.jsonl")[-1]
-    runs.run(evaluate, run, "--seeds=6", "--config.prediction=x_0")
+    tiny.run(evaluate, run, "--seeds=6", "--config.prediction=x_0")
     second = lines(run / "scores.jsonl")[-1]
     assert first["model"]["identity"] != second["model"]["identity"]
     assert first["cell"] != second["cell"]
@@ -187,14 +188,14 @@ def test_what_cannot_be_is_refused_before_anything_is_drawn(run, tmp_path):
         ([f"--over={tmp_path}", "--seeds=9"], "is no finished evaluation"),
     ):
         with pytest.raises((ValueError, FileNotFoundError), match=said):
-            runs.run(evaluate, run, *words)
+            tiny.run(evaluate, run, *words)
     assert sorted(path.name for path in (run / "evaluated").iterdir()) == before
 
 
 def test_runs_of_other_seeds_are_averaged(run, capsys):
-    runs.run(evaluate, run, "--seeds=7")
+    tiny.run(evaluate, run, "--seeds=7")
     other = run / "evaluated" / lines(run / "scores.jsonl")[-1]["cell"]
-    runs.run(evaluate, run, f"--over={other}")
+    tiny.run(evaluate, run, f"--over={other}")
     assert "-of-2-runs" in capsys.readouterr().out
 
 
@@ -207,14 +208,14 @@ def test_the_report_is_one_page(run):
 
 def test_another_config_in_the_same_directory_is_refused_with_the_difference(run):
     with pytest.raises(ValueError, match=r"train.batch: 8 -> 16.*may change"):
-        runs.run(train, run, "--config.train.batch=16")
+        tiny.run(train, run, "--config.train.batch=16")
 
 
 def test_a_longer_run_continues_the_shorter_one(run, tmp_path):
     longer = tmp_path / "longer"
     shutil.copytree(run, longer)
     with jax.transfer_guard_device_to_device("disallow"):  # all lies on the mesh from the start
-        runs.run(train, longer, "--config.train.examples=80", "--config.train.log_every=8")
+        tiny.run(train, longer, "--config.train.examples=80", "--config.train.log_every=8")
     assert [row["examples"] for row in lines(longer / "record.jsonl")] == [64, 80]
 
 
@@ -223,7 +224,7 @@ def test_a_state_that_the_guard_refuses_is_neither_scored_nor_saved(run, tmp_pat
     (tmp_path / "latents").symlink_to(run / "latents")
     words = ("optimizer.learning_rate=1e16", "eval.every=16", "train.save_every=16")
     with pytest.raises(TrainingError, match="at step 2, after 16 examples"):
-        runs.run(train, tmp_path, runs.given(tmp_path), *(f"--config.{word}" for word in words))
+        tiny.run(train, tmp_path, tiny.given(tmp_path), *(f"--config.{word}" for word in words))
     assert [row["examples"] for row in lines(tmp_path / "evaluations.jsonl")] == [0]
     assert Checkpoints(tmp_path / "checkpoints").latest() is None
     assert (tmp_path / "bad_batch_16.npz").exists()
@@ -237,56 +238,56 @@ def test_latents_of_another_autoencoder_are_refused(run, tmp_path):
     fields["autoencoder"]["fingerprint"] = "0" * 16
     manifest.write_text(json.dumps(fields))
     with pytest.raises(ValueError, match="made by the encoder 0000000000000000"):
-        runs.run(train, workdir, runs.given(tmp_path))
+        tiny.run(train, workdir, tiny.given(tmp_path))
 
 
 def test_latents_of_another_size_are_refused(run, tmp_path):
-    data = dataclasses.replace(runs.TINY.data, size=128)
+    data = dataclasses.replace(tiny.TINY.data, size=128)
     (tmp_path / "latents").symlink_to(run / "latents")
-    other = runs.given(tmp_path, dataclasses.replace(runs.TINY, data=data))
+    other = tiny.given(tmp_path, dataclasses.replace(tiny.TINY, data=data))
     with pytest.raises(ValueError, match=r"images of 64 pixels, and data.size is 128"):
-        runs.run(train, tmp_path, other)
+        tiny.run(train, tmp_path, other)
 
 
 def test_training_before_encoding_says_so(tmp_path):
     with pytest.raises(ValueError, match="encoding into it was not finished"):
-        runs.run(train, tmp_path, runs.given(tmp_path))
+        tiny.run(train, tmp_path, tiny.given(tmp_path))
 
 
 def test_a_backbone_that_does_not_fit_is_refused(run, tmp_path):
     config = dataclasses.replace(
-        runs.TINY, backbone=dataclasses.replace(runs.TINY.backbone, text_width=32)
+        tiny.TINY, backbone=dataclasses.replace(tiny.TINY.backbone, text_width=32)
     )
     (tmp_path / "latents").symlink_to(run / "latents")
     with pytest.raises(ValueError, match=r"text_width is 32, and the pretrained models have 64"):
-        runs.run(train, tmp_path, runs.given(tmp_path, config))
+        tiny.run(train, tmp_path, tiny.given(tmp_path, config))
 
 
 def test_a_directory_without_the_weights_is_refused(tmp_path):
-    given = runs.given(tmp_path)
+    given = tiny.given(tmp_path)
     with pytest.raises(FileNotFoundError, match="no directory"):
-        runs.run(encode, tmp_path, given, "--config.pretrained=/nowhere")
+        tiny.run(encode, tmp_path, given, "--config.pretrained=/nowhere")
     (tmp_path / "empty").mkdir()
     with pytest.raises(FileNotFoundError):
-        runs.run(encode, tmp_path, given, f"--config.pretrained={tmp_path / 'empty'}")
+        tiny.run(encode, tmp_path, given, f"--config.pretrained={tmp_path / 'empty'}")
 
 
 def test_a_tokenizer_that_does_not_fit_its_text_encoder_is_refused(tmp_path):
     assets = tmp_path / "assets"
-    shutil.copytree(pretrained_directory(runs.TINY), assets)
+    shutil.copytree(pretrained_directory(tiny.TINY), assets)
     path = assets / "tokenizer" / "tokenizer_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"model_max_length": 80}))
     with pytest.raises(
         ValueError, match="model_max_length is 80, and the text encoder has embeddings for 64"
     ):
-        runs.run(encode, tmp_path, runs.given(tmp_path), f"--config.pretrained={assets}")
+        tiny.run(encode, tmp_path, tiny.given(tmp_path), f"--config.pretrained={assets}")
 
 
 def test_no_prompt_and_no_seed_are_sentences(run):
     with pytest.raises(ValueError, match="give --prompt=TEXT or --prompts=FILE"):
-        runs.run(sample, run, add_flags=sample.add_flags)
+        tiny.run(sample, run, add_flags=sample.add_flags)
     with pytest.raises(ValueError, match="--seeds is 0"):
-        runs.run(sample, run, "--prompt=x", "--seeds=0", add_flags=sample.add_flags)
+        tiny.run(sample, run, "--prompt=x", "--seeds=0", add_flags=sample.add_flags)
 
 
 def test_an_unknown_setting_is_a_usage_error(run):
@@ -304,8 +305,8 @@ def test_a_folder_of_photographs_goes_through_without_a_line_of_code(tmp_path):
         (photos / f"{number}.txt").write_text(f"picture number {number}")
     (photos / "23.txt").write_text("")
     workdir = tmp_path / "run"
-    data = dataclasses.replace(runs.TINY.data, source=f"folder:{photos}", text_embeddings=True)
-    runs.run(encode, workdir, runs.given(tmp_path, dataclasses.replace(runs.TINY, data=data)))
+    data = dataclasses.replace(tiny.TINY.data, source=f"folder:{photos}", text_embeddings=True)
+    tiny.run(encode, workdir, tiny.given(tmp_path, dataclasses.replace(tiny.TINY, data=data)))
     manifest = json.loads((workdir / "latents" / "train" / "manifest.json").read_text())
     assert (manifest["written"], manifest["skipped"]) == (23, {"empty caption": ["23.jpg"]})
     words = (
@@ -313,33 +314,33 @@ def test_a_folder_of_photographs_goes_through_without_a_line_of_code(tmp_path):
         "--config.eval.every=16",
         "--config.eval.prompts=captions:4",
     )
-    runs.run(train, workdir, *words)
+    tiny.run(train, workdir, *words)
     prompts = json.loads((workdir / "prompts.json").read_text())
     assert {row["prompt"] for row in prompts} <= {f"picture number {n}" for n in range(23)}
     assert len(prompts) == 4
-    runs.run(sample, workdir, "--prompt=picture number 3", add_flags=sample.add_flags)
+    tiny.run(sample, workdir, "--prompt=picture number 3", add_flags=sample.add_flags)
     with Image.open(workdir / "images" / "00000-00.png") as image:
         assert image.size == (64, 64)
 
 
 def test_a_second_process_is_kept_out_of_a_run(run):
     with alone_in(run), pytest.raises(ValueError, match="another process is writing to"):
-        runs.run(train, run)
+        tiny.run(train, run)
 
 
 def test_a_prediction_that_says_nothing_at_the_start_is_refused(run, tmp_path):
     (tmp_path / "latents").symlink_to(run / "latents")
     words = ("--config.schedule.name=rectified_flow", "--config.prediction=eps")
     with pytest.raises(ValueError, match="'eps' says nothing of the image at a signal of 0"):
-        runs.run(
-            train, tmp_path, runs.given(tmp_path), *words, "--config.sampling.spacing.name=uniform"
+        tiny.run(
+            train, tmp_path, tiny.given(tmp_path), *words, "--config.sampling.spacing.name=uniform"
         )
 
 
 def sampling_of(monkeypatch, **changes):
     """What `build.make_sampling` gives to `make_generate`."""
-    sampling = dataclasses.replace(runs.TINY.sampling, **changes)
-    config = dataclasses.replace(runs.TINY, schedule=RectifiedFlow(), sampling=sampling)
+    sampling = dataclasses.replace(tiny.TINY.sampling, **changes)
+    config = dataclasses.replace(tiny.TINY, schedule=RectifiedFlow(), sampling=sampling)
     pretrained = load_pretrained(config, make_mesh(config.mesh))
     given = {}
     monkeypatch.setattr(build, "make_generate", lambda *_, **options: given.update(options) or max)
@@ -363,23 +364,23 @@ def test_guidance_leads_away_from_the_negative_prompt(run, tmp_path):
     for negative in ("", "a small blue ring"):
         words = [f"--prompt={LARGE_RED}", f"--output={tmp_path / (negative or 'none')}"]
         words += [f"--config.sampling.negative={negative}", "--config.sampling.guidance=7.0"]
-        runs.run(sample, run, *words, add_flags=sample.add_flags)
+        tiny.run(sample, run, *words, add_flags=sample.add_flags)
     one, other = (read(tmp_path / name / "00000-00.png") for name in ("none", "a small blue ring"))
     assert np.abs(one - other).max() > 0
 
 
 def test_images_that_do_not_divide_over_the_levels_are_refused():
-    data = dataclasses.replace(runs.TINY.data, size=72)
-    backbone = dataclasses.replace(runs.TINY.backbone, channels=(16, 16), transformer_depth=(1, 1))
-    config = dataclasses.replace(runs.TINY, data=data, backbone=backbone)
+    data = dataclasses.replace(tiny.TINY.data, size=72)
+    backbone = dataclasses.replace(tiny.TINY.backbone, channels=(16, 16), transformer_depth=(1, 1))
+    config = dataclasses.replace(tiny.TINY, data=data, backbone=backbone)
     pretrained = load_pretrained(config, make_mesh(config.mesh))
     with pytest.raises(ValueError, match="latents of 9 rows; this backbone takes a multiple of 2"):
         build.make_backbone(config, pretrained)
 
 
 def test_frozen_networks_lie_on_the_whole_mesh():
-    mesh = make_mesh(runs.TINY.mesh)
-    pretrained = load_pretrained(runs.TINY, mesh)
+    mesh = make_mesh(tiny.TINY.mesh)
+    pretrained = load_pretrained(tiny.TINY, mesh)
     assert {leaf.sharding.mesh for leaf in jax.tree.leaves(pretrained.params)} == {mesh}
 
 

@@ -12,10 +12,10 @@ import pytest
 from safetensors.numpy import load_file
 
 from ldm_jax import convert
-from ldm_jax.flags import parse
 from ldm_jax.metrics.resize import as_torch_fidelity, to_images
 from ldm_jax.models import weights
 from ldm_jax.models.networks import described, make_network
+from ldm_jax.settings.command_line import parse
 
 torch = pytest.importorskip("torch")
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-import runs
+import tiny
 from orbax.checkpoint import v1 as ocp
 
 from ldm_jax import encode
@@ -73,11 +73,11 @@ def told(workdir: Path) -> tuple[list[dict], dict[int, dict]]:
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Sharding info not provided")
 def test_a_run_killed_ten_times_ends_bit_identical_to_an_undisturbed_one(tmp_path):
-    train = dataclasses.replace(runs.TINY.train, examples=EXAMPLES, save_every=32, log_every=48)
-    evaluation = dataclasses.replace(runs.TINY.eval, every=320)
-    config = dataclasses.replace(runs.TINY, train=train, eval=evaluation)
+    train = dataclasses.replace(tiny.TINY.train, examples=EXAMPLES, save_every=32, log_every=48)
+    evaluation = dataclasses.replace(tiny.TINY.eval, every=320)
+    config = dataclasses.replace(tiny.TINY, train=train, eval=evaluation)
     calm, stormy = tmp_path / "calm", tmp_path / "stormy"
-    runs.run(encode, calm, runs.given(tmp_path, config))
+    tiny.run(encode, calm, tiny.given(tmp_path, config))
     stormy.mkdir()
     for name in ("config.json", "latents"):  # the config is rewritten, the latents are not
         (stormy / name).symlink_to(calm / name)

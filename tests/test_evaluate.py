@@ -7,7 +7,7 @@ import shutil
 import jax
 import numpy as np
 import pytest
-import runs
+import tiny
 from PIL import Image
 
 from ldm_jax import evaluate, reference
@@ -16,10 +16,10 @@ from ldm_jax.data.scenes import render
 from ldm_jax.evals.cells import Cell
 from ldm_jax.evals.prompts import read_prompts
 from ldm_jax.evals.references import Reference
-from ldm_jax.flags import UsageError, parse
 from ldm_jax.parallel import MeshConfig, make_mesh
-from ldm_jax.pretrained import load_scoring
-from ldm_jax.scoring import make_reference, make_scoring
+from ldm_jax.runs.pretrained import load_scoring
+from ldm_jax.runs.scoring import make_reference, make_scoring
+from ldm_jax.settings.command_line import UsageError, parse
 from ldm_jax.types import Estimate
 
 COUNT = 13  # no batch divides it
@@ -36,12 +36,12 @@ def config(tmp_path_factory):
     """With a reference that `python -m ldm_jax.reference` wrote."""
     folder = tmp_path_factory.mktemp("reference")
     output = folder / "scenes.npz"
-    flag = runs.given(folder)
+    flag = tiny.given(folder)
     words = [flag, "--images=scenes:simple?count=150&split=all&seed=5", f"--output={output}"]
-    flags = parse(words, runs.RunConfig, add_flags=reference.add_flags, in_workdir=False)
+    flags = parse(words, tiny.RunConfig, add_flags=reference.add_flags, in_workdir=False)
     reference.main(flags)
-    measured = dataclasses.replace(runs.TINY.eval, reference=str(output))
-    return dataclasses.replace(runs.TINY, eval=measured)
+    measured = dataclasses.replace(tiny.TINY.eval, reference=str(output))
+    return dataclasses.replace(tiny.TINY, eval=measured)
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +60,7 @@ def folder(tmp_path_factory):
 
 
 def look(workdir, config, *words):
-    runs.run(evaluate, workdir, runs.given(workdir, config), *words)
+    tiny.run(evaluate, workdir, tiny.given(workdir, config), *words)
     return lines(workdir / "scores.jsonl")[-1]
 
 
@@ -260,7 +260,7 @@ def test_a_network_of_another_kind_is_refused(folder, config, tmp_path):
 )
 def test_flags_that_cannot_be_are_refused(words, said, tmp_path):
     with pytest.raises(UsageError, match=said):
-        runs.run(evaluate, tmp_path, runs.given(tmp_path), *words)
+        tiny.run(evaluate, tmp_path, tiny.given(tmp_path), *words)
 
 
 def test_a_reference_of_the_same_images_made_within_the_run_is_the_same(config, tmp_path):

@@ -13,26 +13,14 @@ PACKAGE = ROOT / "ldm_jax"
 
 LAYERS = {
     "types": 0,
-    **dict.fromkeys(("diffusion", "nn", "parallel", "scaling", "configuration", "flags"), 1),
+    **dict.fromkeys(("diffusion", "nn", "parallel", "files", "settings"), 1),
     "models": 2,
     **dict.fromkeys(("data", "metrics"), 3),
-    **dict.fromkeys(("evals", "training"), 4),
+    **dict.fromkeys(("evals", "training", "pages"), 4),
+    **dict.fromkeys(("runs", "planning"), 5),
+    "studies": 6,
     **dict.fromkeys(
         (
-            "config",
-            "pretrained",
-            "scoring",
-            "build",
-            "programs",
-            "scheduled",
-            "layouts",
-            "sampling_study",
-        ),
-        5,
-    ),
-    **dict.fromkeys(
-        (
-            "study",
             "train",
             "sample",
             "reference",
@@ -42,20 +30,14 @@ LAYERS = {
             "convert",
             "report",
         ),
-        6,
+        7,
     ),
 }
-# importer: the siblings of its own layer that it may import
+# importer: the rooms beside or above its own that it may import
 SIBLINGS = {
-    "flags": {"configuration"},
-    "pretrained": {"config"},
-    "scoring": {"config", "pretrained"},
-    "build": {"config", "pretrained"},
-    "programs": {"config", "pretrained", "build"},
-    "scheduled": {"config", "programs"},
-    "layouts": {"config", "programs"},
-    "sampling_study": {"build", "config", "programs"},
-    "study": {"encode", "train", "evaluate"},
+    "pages": {"evals", "training"},
+    "planning": {"runs"},
+    "studies": {"encode", "train", "evaluate"},
 }
 
 
@@ -129,7 +111,7 @@ def test_library_knows_no_config_file_experiment_or_test():
         ),
         ("ldm_jax.evals.evaluator", "import ldm_jax.training.state", "ldm_jax.training.state"),
         ("ldm_jax.models.unet", "def f():\n    from ..data import scenes", "ldm_jax.data.scenes"),
-        ("ldm_jax.models.unet", "from ldm_jax import build", "ldm_jax.build"),
+        ("ldm_jax.models.unet", "from ldm_jax.runs import build", "ldm_jax.runs.build"),
     ],
 )
 def test_an_upward_or_sideways_import_would_be_named(tmp_path, importer, source, offender):

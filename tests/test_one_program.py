@@ -6,16 +6,16 @@ import functools
 import jax
 import numpy as np
 import pytest
-import runs
+import tiny
 from jax.extend import core
 
-from ldm_jax import build
 from ldm_jax.diffusion import DDIM, Leading, ScaledLinear, eps, grid
 from ldm_jax.evals.generation import make_generate
 from ldm_jax.models.networks import make_network
 from ldm_jax.models.unet_config import UNetConfig
 from ldm_jax.parallel import MeshConfig, jit, make_mesh, put_same, replicated
-from ldm_jax.pretrained import load_pretrained
+from ldm_jax.runs import build
+from ldm_jax.runs.pretrained import load_pretrained
 from ldm_jax.types import Cond
 
 PROMPTS = ["a large red circle", "a small blue ring", *[f"picture {n}" for n in range(6)]]
@@ -42,7 +42,7 @@ def drawn(init):
 def program(devices=1):
     """`draw(prompts, seed, guidance) -> uint8`, of so many devices, and what `jit` gave."""
     mesh = make_mesh(MeshConfig(), jax.devices()[:devices])
-    config = dataclasses.replace(runs.TINY, mesh=MeshConfig())
+    config = dataclasses.replace(tiny.TINY, mesh=MeshConfig())
     pretrained = load_pretrained(config, mesh)
     network = build.make_backbone(config, pretrained)
     params = jax.device_put(drawn(network.init), replicated(mesh))

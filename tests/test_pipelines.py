@@ -11,14 +11,12 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-import runs
+import tiny
 from PIL import Image
 from safetensors.numpy import load_file
 
-from ldm_jax import build, convert, encode, sample, train
-from ldm_jax.config import RunConfig
+from ldm_jax import convert, encode, sample, train
 from ldm_jax.diffusion import initial_noise
-from ldm_jax.flags import UsageError, parse
 from ldm_jax.models import weights
 from ldm_jax.models.clip import CLIPTextConfig
 from ldm_jax.models.networks import KINDS, make_network
@@ -26,10 +24,13 @@ from ldm_jax.models.pixart_config import PixArtConfig
 from ldm_jax.models.t5 import T5Config
 from ldm_jax.models.uvit_config import UViTConfig
 from ldm_jax.parallel import make_mesh
-from ldm_jax.pretrained import load_pretrained, pretrained_directory
+from ldm_jax.runs import build
+from ldm_jax.runs.config import RunConfig
+from ldm_jax.runs.pretrained import load_pretrained, pretrained_directory
+from ldm_jax.settings.command_line import UsageError, parse
 
 T5_TOKENIZER = Path(__file__).parent / "goldens" / "t5_tokenizer"
-ASSETS = pretrained_directory(runs.TINY)
+ASSETS = pretrained_directory(tiny.TINY)
 PROMPT = "a red circle"
 CLIP = CLIPTextConfig(
     hidden_size=32,
@@ -48,8 +49,8 @@ TEXT = {
     "pixart": [T5Config(vocab_size=256, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4)],
 }
 BACKBONES = {
-    "sd2.1": dataclasses.replace(runs.TINY.backbone, text_width=32),
-    "sdxl": dataclasses.replace(runs.TINY.backbone, text_width=64, pooled_width=24, size_width=8),
+    "sd2.1": dataclasses.replace(tiny.TINY.backbone, text_width=32),
+    "sdxl": dataclasses.replace(tiny.TINY.backbone, text_width=64, pooled_width=24, size_width=8),
     "pixart": PixArtConfig(
         width=24, depth=2, num_heads=2, text_width=32, sample_size=128, size_conditioning=True
     ),
@@ -83,16 +84,16 @@ def config_of(name, directory, **changes):
         shutil.copytree(ASSETS / "vae", directory / "vae")
         for number, config in enumerate(TEXT[name]):
             save_text_encoder(directory, config, number)
-    train = dataclasses.replace(runs.TINY.train, examples=8, save_every=8, log_every=8, ema=0.0)
+    train = dataclasses.replace(tiny.TINY.train, examples=8, save_every=8, log_every=8, ema=0.0)
     fields = {
         "pretrained": str(directory),
         "backbone": BACKBONES[name],
-        "data": dataclasses.replace(runs.TINY.data, source="scenes:simple?count=8"),
+        "data": dataclasses.replace(tiny.TINY.data, source="scenes:simple?count=8"),
         "train": train,
-        "optimizer": dataclasses.replace(runs.TINY.optimizer, learning_rate=0.1),
-        "eval": dataclasses.replace(runs.TINY.eval, prompts="captions:8", validation=0),
+        "optimizer": dataclasses.replace(tiny.TINY.optimizer, learning_rate=0.1),
+        "eval": dataclasses.replace(tiny.TINY.eval, prompts="captions:8", validation=0),
     }
-    return dataclasses.replace(runs.TINY, **fields | changes)
+    return dataclasses.replace(tiny.TINY, **fields | changes)
 
 
 def converted(source, to, *words):
@@ -125,9 +126,9 @@ def drawn_by_diffusers(pipeline, config, noise):
 @pytest.mark.parametrize("name", PIPELINES)
 def test_a_run_with_such_a_directory_becomes_a_pipeline_that_draws_the_same_image(tmp_path, name):
     config, workdir = config_of(name, tmp_path / "pretrained"), tmp_path / "run"
-    runs.run(encode, workdir, runs.given(tmp_path, config))
-    runs.run(train, workdir)
-    runs.run(sample, workdir, f"--prompt={PROMPT}", add_flags=sample.add_flags)
+    tiny.run(encode, workdir, tiny.given(tmp_path, config))
+    tiny.run(train, workdir)
+    tiny.run(sample, workdir, f"--prompt={PROMPT}", add_flags=sample.add_flags)
     with Image.open(workdir / "images" / "00000-00.png") as image:
         ours = np.asarray(image).astype(int)
     converted(workdir, tmp_path / name)
@@ -173,7 +174,7 @@ def test_what_cannot_be_converted_is_said_and_leaves_nothing(tmp_path):
 
 
 def test_a_pipeline_that_diffusers_does_not_have_is_said():
-    config = dataclasses.replace(runs.TINY, backbone=UViTConfig(text_width=64))
+    config = dataclasses.replace(tiny.TINY, backbone=UViTConfig(text_width=64))
     text = load_pretrained(config, make_mesh(config.mesh)).text
     with pytest.raises(ValueError, match="no pipeline of a UViTConfig and CLIPTextConfig"):
         convert.model_index(config.backbone, text)
@@ -225,7 +226,7 @@ def test_a_backbone_makes_its_own_precision_of_the_texts(shelf, name):
 
 def test_a_precision_that_there_is_not_is_refused_by_name(tmp_path):
     with pytest.raises(UsageError, match=r"text_precision.*float16.*float32, bfloat16"):
-        words = [f"--workdir={tmp_path}", runs.given(tmp_path), "--config.text_precision=float16"]
+        words = [f"--workdir={tmp_path}", tiny.given(tmp_path), "--config.text_precision=float16"]
         parse(words, RunConfig)
 
 

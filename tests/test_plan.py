@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from ldm_jax import plan, programs
-from ldm_jax.config import RunConfig
-from ldm_jax.flags import UsageError, parse
+from ldm_jax import plan
 from ldm_jax.models.sizes import SIZES
 from ldm_jax.parallel import make_mesh
+from ldm_jax.planning import programs
+from ldm_jax.runs.config import RunConfig
+from ldm_jax.settings.command_line import UsageError, parse
 
 ROOT = Path(__file__).parent.parent
 SMALL = (
@@ -146,11 +147,11 @@ def test_a_batch_that_the_mesh_does_not_divide_is_refused(name, setting):
 COLLECTIVES = """
 import json, sys
 import jax
-from ldm_jax import programs
-from ldm_jax.config import RunConfig
-from ldm_jax.flags import parse
+from ldm_jax.planning import programs
+from ldm_jax.runs.config import RunConfig
+from ldm_jax.settings.command_line import parse
 from ldm_jax.parallel import make_mesh
-from ldm_jax.parallel.aot import topology
+from ldm_jax.planning.aot import topology
 
 config = parse(sys.argv[1:], RunConfig, in_workdir=False).config
 found = programs.compiled(programs.training(config, make_mesh(config.mesh, topology("v5p:2x2x2"))))
@@ -177,12 +178,12 @@ def step_collectives(data, fsdp, tensor):
 BORN = """
 import functools, sys
 import jax, optax
-from ldm_jax import programs
-from ldm_jax.config import RunConfig
-from ldm_jax.flags import parse
+from ldm_jax.planning import programs
+from ldm_jax.runs.config import RunConfig
+from ldm_jax.settings.command_line import parse
 from ldm_jax.models.axes import TABLE
 from ldm_jax.parallel import make_mesh, shardings
-from ldm_jax.parallel.aot import topology
+from ldm_jax.planning.aot import topology
 from ldm_jax.training.state import jit_init
 
 config = parse(sys.argv[1:], RunConfig, in_workdir=False).config

@@ -15,12 +15,14 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-import runs
+import tiny
 from orbax.checkpoint import v1 as ocp
 
 from ldm_jax import encode
+from ldm_jax.files.ledger import read_records
+from ldm_jax.files.lines import read_lines
 from ldm_jax.parallel.distributed import ABORTED, PREEMPTED
-from ldm_jax.scaling.records import SamplingRecord, read_lines, read_records
+from ldm_jax.studies.records import SamplingRecord
 from ldm_jax.training.checkpoints import Checkpoints
 
 pytestmark = [
@@ -32,13 +34,13 @@ WATCHED = ROOT / "tests" / "watched_train.py"
 EXAMPLES, BATCH, RECORDS = 80, 8, 32  # over two epochs
 HEARTBEAT = 10  # seconds
 CONFIG = dataclasses.replace(
-    runs.TINY,
-    data=dataclasses.replace(runs.TINY.data, source=f"scenes:simple?count={RECORDS}"),
-    optimizer=dataclasses.replace(runs.TINY.optimizer, eps=1e-3),  # or it amplifies rounding
+    tiny.TINY,
+    data=dataclasses.replace(tiny.TINY.data, source=f"scenes:simple?count={RECORDS}"),
+    optimizer=dataclasses.replace(tiny.TINY.optimizer, eps=1e-3),  # or it amplifies rounding
     train=dataclasses.replace(
-        runs.TINY.train, examples=EXAMPLES, batch=BATCH, log_every=BATCH, save_every=2 * BATCH
+        tiny.TINY.train, examples=EXAMPLES, batch=BATCH, log_every=BATCH, save_every=2 * BATCH
     ),
-    eval=dataclasses.replace(runs.TINY.eval, every=EXAMPLES // 2),
+    eval=dataclasses.replace(tiny.TINY.eval, every=EXAMPLES // 2),
 )
 
 
@@ -159,7 +161,7 @@ def saving(workdir):
 @pytest.fixture(scope="module")
 def encoded(tmp_path_factory):
     directory = tmp_path_factory.mktemp("encoded")
-    runs.run(encode, directory, runs.given(directory, CONFIG))
+    tiny.run(encode, directory, tiny.given(directory, CONFIG))
     return directory
 
 

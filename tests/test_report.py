@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 from ldm_jax.evals.image_grids import save_grid
-from ldm_jax.flags import parse
+from ldm_jax.files.ledger import append_record
 from ldm_jax.report import MAX_SHEETS, MAX_TILE, add_flags, main, page, read_run, sheet
-from ldm_jax.scaling.records import RunRecord, append_record
+from ldm_jax.settings.command_line import parse
+from ldm_jax.training.record import RunRecord
 
 VOID = {"meta", "input", "br", "hr", "img", "link"}
 PROMPTS, SHOWN, SIDE = 20, 14, 16

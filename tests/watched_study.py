@@ -5,9 +5,9 @@ import dataclasses
 
 from test_study import GRID
 
-from ldm_jax import study
-from ldm_jax.flags import run_command
 from ldm_jax.parallel import distributed
+from ldm_jax.settings.command_line import run_command
+from ldm_jax.studies import engine
 
 SMALL = dataclasses.replace(GRID, steps=(2,), others={"ddpm": (2,)}, seeds=(0,))
 
@@ -15,7 +15,7 @@ SMALL = dataclasses.replace(GRID, steps=(2,), others={"ddpm": (2,)}, seeds=(0,))
 def main(flags: argparse.Namespace) -> None:
     """Runs it."""
     with distributed.joined(flags):
-        study.run(SMALL, flags.workdir)
+        engine.run(SMALL, flags.workdir)
 
 
 if __name__ == "__main__":

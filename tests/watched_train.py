@@ -12,10 +12,10 @@ import jax
 import numpy as np
 
 from ldm_jax import train
-from ldm_jax.config import RunConfig
-from ldm_jax.flags import run_command
+from ldm_jax.files.lines import append_line
 from ldm_jax.parallel import distributed
-from ldm_jax.scaling.records import append_line
+from ldm_jax.runs.config import RunConfig
+from ldm_jax.settings.command_line import run_command
 from ldm_jax.training import Hook
 
 WAIT = float(os.environ.get("WAIT", "0"))

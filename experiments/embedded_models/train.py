@@ -17,8 +17,8 @@ import importlib
 import json
 from pathlib import Path
 
-from ldm_jax.config import RunConfig
 from ldm_jax.models import scheduler
+from ldm_jax.runs.config import RunConfig
 
 ASSETS = Path(__file__).parents[2] / "ldm_jax" / "assets" / "scenes"
 STEPS = {"autoencoder": 10_000, "reader": 4_000, "text_encoder": 4_000, "clip": 5_000}

@@ -12,13 +12,15 @@ import numpy as np
 from etils import epath
 from matplotlib.axes import Axes
 
-from ldm_jax.data.durable import write_atomically
 from ldm_jax.evals import LOWER_IS_BETTER
-from ldm_jax.scaling import efficiency, pages, plots
-from ldm_jax.scaling.efficiency import Curve, Finding
-from ldm_jax.scaling.pareto import frontier, stretches
-from ldm_jax.scaling.records import SamplingRecord, read_records
-from ldm_jax.scaling.verdicts import Verdict
+from ldm_jax.files.durable import write_atomically
+from ldm_jax.files.ledger import read_records
+from ldm_jax.pages import elements, plots
+from ldm_jax.studies import efficiency
+from ldm_jax.studies.efficiency import Curve, Finding
+from ldm_jax.studies.pareto import frontier, stretches
+from ldm_jax.studies.records import SamplingRecord
+from ldm_jax.studies.verdicts import Verdict
 from ldm_jax.types import Estimate
 
 COLORS = matplotlib.colormaps["viridis_r"]
@@ -212,7 +214,7 @@ def page(records: Sequence[SamplingRecord], notes: Sequence[str], found: Sequenc
         f"Scores of {samplers[0]} are at the guidance that is best for a model and its steps by each score, those of"
         f" {', '.join(samplers[1:]) or 'others'} at the one that {found[0].score} chose for {samplers[0]}."
     )
-    return pages.fill(
+    return elements.fill(
         Path(__file__).with_name("template.html"),
         summary=html.escape(f"{count}; {'; '.join(notes)}. {how}"),
         sections="".join(itertools.chain.from_iterable(map(section, found))),
@@ -232,23 +234,29 @@ def section(found: Findings) -> Iterator[str]:
         ]
         for sampler, finding in found.by_sampler.items()
     ]
-    yield pages.table(
+    yield elements.table(
         head, [*rows, ["4: whatever the sampler", f"<b>{found.whatever.value}</b>", ""]]
     )
     yield "<h3>Who has the best score at each cost</h3>"
-    yield pages.table(("sampler", "model", "from", "to", "resamples that agree"), [*owned(found)])
+    yield elements.table(
+        ("sampler", "model", "from", "to", "resamples that agree"), [*owned(found)]
+    )
     yield '<h3>Score against cost</h3><div class="charts">'
     yield from (
-        pages.chart(f"{first.sampler}, {what}: {found.score}", efficiency_chart(found, first, what))
+        elements.chart(
+            f"{first.sampler}, {what}: {found.score}", efficiency_chart(found, first, what)
+        )
         for what in COSTS
     )
     yield f'</div><h3>The best guidance, {first.sampler}</h3><div class="charts">'
-    yield pages.chart(f"best guidance by {found.score}", heat_map(first))
+    yield elements.chart(f"best guidance by {found.score}", heat_map(first))
     yield '</div><h3>Every sampler</h3><div class="charts">'
     for curve in found.curves:
-        yield pages.chart(f"{curve.sampler}: {found.score}", efficiency_chart(found, curve, "cost"))
+        yield elements.chart(
+            f"{curve.sampler}: {found.score}", efficiency_chart(found, curve, "cost")
+        )
     yield "</div><h3>Every point</h3>"
-    yield pages.table(
+    yield elements.table(
         ("sampler", "model", "steps", "cost", "guidance", found.score), [*points(found)]
     )
     yield "</section>"
@@ -258,8 +266,8 @@ def owned(found: Findings) -> Iterator[list[str]]:
     """The stretches of the frontier."""
     for curve in found.curves:
         for low, high, owner, share in stretches(curve.cost, curve.scores, curve.owners):
-            end = pages.number(high) if np.isfinite(high) else "the end"
-            yield [curve.sampler, curve.models[owner], pages.number(low), end, f"{share:.0%}"]
+            end = elements.number(high) if np.isfinite(high) else "the end"
+            yield [curve.sampler, curve.models[owner], elements.number(low), end, f"{share:.0%}"]
 
 
 def points(found: Findings) -> Iterator[list[str]]:
@@ -272,7 +280,7 @@ def points(found: Findings) -> Iterator[list[str]]:
                 curve.sampler,
                 curve.models[model],
                 str(steps),
-                pages.number(curve.cost[number]),
+                elements.number(curve.cost[number]),
                 f"{curve.guidance[0, number]:g}",
-                pages.estimate(Estimate(*shown, count)),
+                elements.estimate(Estimate(*shown, count)),
             ]

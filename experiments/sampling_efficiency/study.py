@@ -18,12 +18,12 @@ from pathlib import Path
 
 from etils import epath
 
-from ldm_jax import study
-from ldm_jax.config import EvalConfig, RunConfig, SamplingConfig
-from ldm_jax.configuration import from_config_dict
-from ldm_jax.flags import UsageError, any_path, load_config, run_command
 from ldm_jax.parallel import distributed
-from ldm_jax.sampling_study import SamplingStudy, plan
+from ldm_jax.runs.config import EvalConfig, RunConfig, SamplingConfig
+from ldm_jax.settings.command_line import UsageError, any_path, load_config, run_command
+from ldm_jax.settings.schema import from_config_dict
+from ldm_jax.studies import engine
+from ldm_jax.studies.sampling import SamplingStudy, plan
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -173,14 +173,14 @@ def main(flags: argparse.Namespace) -> None:
             "--scale=paper is planned, with --topology=KIND:AxB; its data is not public"
         )
     with distributed.joined(flags):
-        records = study.run(SCALES[flags.scale](), flags.workdir)
+        records = engine.run(SCALES[flags.scale](), flags.workdir)
         if distributed.is_first():
             draw(flags.workdir, records[0].grid, records[0].commit)
 
 
 def draw(directory: epath.Path, grid: str, commit: str) -> None:
     """Writes the figures and the page, and says the verdicts."""
-    for line in figures.draw(directory, directory / study.LEDGER, grid, commit):
+    for line in figures.draw(directory, directory / engine.LEDGER, grid, commit):
         print(line)
 
 

@@ -22,13 +22,6 @@ from jaxtyping import UInt8
 from tqdm import tqdm
 
 from ldm_jax.data.captions import check_captions
-from ldm_jax.data.durable import (
-    alone_in,
-    claim,
-    explained_disk_errors,
-    publish,
-    write_atomically,
-)
 from ldm_jax.data.images import to_square
 from ldm_jax.data.latents import (
     EMPTY_CAPTION,
@@ -41,6 +34,7 @@ from ldm_jax.data.latents import (
     pack,
 )
 from ldm_jax.data.sources import Skip, Source, provenance
+from ldm_jax.files.durable import alone_in, claim, explained_disk_errors, publish, write_atomically
 from ldm_jax.parallel import one_ahead
 from ldm_jax.types import Cond, Images, Latent
 

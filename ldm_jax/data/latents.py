@@ -15,8 +15,8 @@ import numpy as np
 from flax import serialization
 from jaxtyping import Float16
 
-from ldm_jax.data.durable import write_atomically
-from ldm_jax.scaling.records import in_bucket
+from ldm_jax.files.buckets import in_bucket
+from ldm_jax.files.durable import write_atomically
 
 VERSION = 1
 MANIFEST = "manifest.json"

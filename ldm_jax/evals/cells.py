@@ -13,8 +13,8 @@ from typing import Any
 
 from etils import epath
 
-from ldm_jax.data.durable import write_atomically
 from ldm_jax.evals.features import Features, count_of, joined, read_features, write_features
+from ldm_jax.files.durable import write_atomically
 
 DIRECTORY = "evaluated"  # of a run
 FACTS, FEATURES = "facts.json", "features.npz"

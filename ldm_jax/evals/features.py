@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from ldm_jax.data.durable import write_atomically
+from ldm_jax.files.durable import write_atomically
 
 Features = Mapping[str, Mapping[str, np.ndarray]]
 

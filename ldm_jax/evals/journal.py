@@ -13,7 +13,7 @@ from etils import epath
 
 from ldm_jax.evals.image_grids import save_grid
 from ldm_jax.evals.prompts import Prompts
-from ldm_jax.scaling.records import append_line, read_lines
+from ldm_jax.files.lines import append_line, read_lines
 from ldm_jax.types import Estimate, Pixels
 
 COLUMNS = 8  # of a picture of samples

@@ -14,16 +14,17 @@ import numpy as np
 from etils import epath
 from tqdm import tqdm
 
-from ldm_jax.data.durable import write_atomically
 from ldm_jax.evals import LOWER_IS_BETTER
 from ldm_jax.evals.cells import DIRECTORY, Cell, check_comparable, read_cell
 from ldm_jax.evals.evaluator import Part
 from ldm_jax.evals.features import Features, count_of
 from ldm_jax.evals.image_grids import save_grid, save_png
 from ldm_jax.evals.scores import Scores
+from ldm_jax.files.durable import write_atomically
+from ldm_jax.files.ledger import commit
+from ldm_jax.files.lines import append_line, read_lines
 from ldm_jax.metrics.paired import Paired
 from ldm_jax.parallel import distributed
-from ldm_jax.scaling.records import append_line, commit, read_lines
 from ldm_jax.types import Pixels
 
 PATIENCE = 5  # seconds before progress is shown

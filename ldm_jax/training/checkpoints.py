@@ -25,8 +25,8 @@ from jax.experimental import multihost_utils
 from jaxtyping import Array, UInt32
 from orbax.checkpoint import v1 as ocp
 
+from ldm_jax.files.buckets import in_bucket
 from ldm_jax.parallel.rules import leaf_name
-from ldm_jax.scaling.records import in_bucket
 from ldm_jax.training.loop import TrainingError
 from ldm_jax.training.state import State
 

@@ -20,9 +20,9 @@ import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
 
+from ldm_jax.files.lines import append_line, read_lines
 from ldm_jax.parallel.chips import peak_flops
 from ldm_jax.parallel.rules import leaf_name
-from ldm_jax.scaling.records import append_line, read_lines
 from ldm_jax.training.loop import AHEAD, Hook, Tick, TrainingError, tolerated
 from ldm_jax.types import Batch, Pixels
 

@@ -118,9 +118,9 @@ import json
 import jax, jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from ldm_jax.parallel.aot import cycles, topology
+from ldm_jax.planning.aot import cycles, topology
 from ldm_jax.parallel.chips import chip
-from ldm_jax.parallel.cost import OutOfMemory
+from ldm_jax.planning.cost import OutOfMemory
 
 for name in ("v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"):
     device = topology(name)[0]

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import pytest
 
 from ldm_jax.parallel import MeshConfig, compiler_options, jit, make_mesh
-from ldm_jax.parallel.aot import topology
+from ldm_jax.planning.aot import topology
 
 
 def test_the_mesh_is_in_force_where_a_program_is_traced_and_not_outside():

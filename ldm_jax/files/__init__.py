@@ -1,0 +1,1 @@
+"""Files: atomic writes, locks, JSON lines, ledgers, buckets."""

@@ -1,0 +1,69 @@
+"""The ledger of experiments: a JSON line a record, of whatever dataclass it is.
+
+A ledger is only ever appended to. What was repeated (the same `key`) has several lines, and the last one counts.
+"""
+
+import dataclasses
+import io
+import json
+import os
+import subprocess
+import warnings
+from collections.abc import Iterator
+from typing import Any, TypeVar
+
+from etils import epath
+
+from ldm_jax.files.lines import append_line
+from ldm_jax.types import Estimate
+
+Record = TypeVar(
+    "Record"
+)  # a dataclass with `scores` by name, and `key`, which says whether two are the same
+
+
+def commit() -> str:
+    """The commit that the package is run from, "-dirty" behind it if files were changed; "" where it is no checkout."""
+    of = ["--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    command = ["git", "-C", os.path.dirname(__file__), "describe", *of]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+
+
+def append_record(path: epath.PathLike, record: Any) -> None:
+    """Adds a record to a ledger as one line, as `append_line` does."""
+    append_line(path, dataclasses.asdict(record))
+
+
+def read_records(kind: type[Record], *paths: epath.PathLike) -> list[Record]:
+    """The records of one ledger or of several, each `key` once, in the order of first appearance.
+
+    A line that was left unfinished is left out with a warning.
+
+    Raises:
+      ValueError: a line that is JSON but no record, with its file and number.
+    """
+    records = (record for path in paths for record in _read(kind, epath.Path(path)))
+    return list({record.key: record for record in records}.values())
+
+
+def _read(kind: type[Record], path: epath.Path) -> Iterator[Record]:
+    for number, line in enumerate(io.StringIO(path.read_text()), 1):
+        try:
+            entry = json.loads(line)
+        except json.JSONDecodeError:
+            warnings.warn(f"{path}, line {number}: unfinished, left out", stacklevel=3)
+        else:
+            yield _record(kind, entry, f"{path}, line {number}")
+
+
+def _record(kind: type[Record], entry: Any, place: str) -> Record:
+    fields = dataclasses.fields(kind)
+    expected = {field.name for field in fields}
+    needed = {field.name for field in fields if field.default is dataclasses.MISSING}
+    if not isinstance(entry, dict) or not needed <= set(entry) <= expected:
+        raise ValueError(f"{place} is no record; one has {', '.join(sorted(expected))}")
+    scores = {name: Estimate(*row) for name, row in entry["scores"].items()}
+    return kind(**entry | {"scores": scores})

@@ -1,0 +1,1 @@
+"""What a run costs on TPUs, by their compiler and by arithmetic, on any machine."""

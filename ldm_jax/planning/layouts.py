@@ -1,0 +1,191 @@
+"""Which layouts of a run may fit a slice, and which of them should be fast: by arithmetic, before anything is compiled.
+
+A layout is the mesh, the parts that a batch is taken in, and what the backward pass computes again. Memory is exact for
+what programs are given; what they keep between the passes is read off the derivative's residuals, of one example.
+"""
+
+import dataclasses
+import functools
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from ldm_jax.nn.stack import REMAT
+from ldm_jax.parallel import MeshConfig, device_bytes, make_mesh
+from ldm_jax.parallel.chips import chip, slice_of
+from ldm_jax.planning.programs import Parts, held, parts, training
+from ldm_jax.runs.config import RunConfig
+from ldm_jax.types import Cond
+
+REACHED = 0.45  # of a chip's peak, by the products of a training step
+HIDDEN = 0.7  # of the time of collectives
+PARTS = (1, 2, 4, 8, 16)
+ROOM = 0.8  # of a chip's memory: the rest takes the program itself, and parameters on their way to a layer
+ALIKE = 0.02  # of a step's time: what differs by less is alike to this arithmetic
+# Forward passes' worth of a training step, and how often it gathers the parameters.
+PASSES = {"none": (3.0, 2), "dots": (3.2, 3), "full": (4.0, 3)}
+
+
+class Layout(NamedTuple):
+    """What `search` chooses."""
+
+    data: int
+    fsdp: int
+    tensor: int
+    accumulate: int
+    remat: str
+
+    def __str__(self) -> str:
+        """As people read it."""
+        mesh = f"data {self.data} x fsdp {self.fsdp} x tensor {self.tensor}"
+        return f"{mesh}, batch in {self.accumulate}, remat {self.remat}"
+
+    def applied(self, config: RunConfig) -> RunConfig:
+        """The run with this layout."""
+        sizes = {"data": self.data, "fsdp": self.fsdp, "tensor": self.tensor}
+        return dataclasses.replace(
+            config,
+            mesh=dataclasses.replace(config.mesh, **sizes),
+            backbone=dataclasses.replace(config.backbone, remat=self.remat),
+            train=dataclasses.replace(config.train, accumulate=self.accumulate),
+        )
+
+    @property
+    def flags(self) -> str:
+        """As the command line takes it."""
+        values = {
+            "mesh.data": self.data,
+            "mesh.fsdp": self.fsdp,
+            "mesh.tensor": self.tensor,
+            "train.accumulate": self.accumulate,
+            "backbone.NAME.remat": self.remat,
+        }
+        return " ".join(f"--config.{name}={value}" for name, value in values.items())
+
+
+class Estimate(NamedTuple):
+    """What arithmetic says of a layout: bytes of a device, and seconds of a step."""
+
+    layout: Layout
+    memory: int
+    seconds: float
+    fits: bool
+
+
+def estimates(config: RunConfig, devices: Sequence[Any]) -> list[Estimate]:
+    """Layouts whose batch divides, the fastest that fit first, then the others by what they need.
+
+    Of those that are about as fast the one that needs least memory comes first: compilers take long over the last
+    bytes. A batch is taken in no more parts than fit, since more of them save nothing but memory. `tensor` stays as the
+    config has it. Raises as `programs.parts`, and ValueError where no layout divides the batch.
+    """
+    kept = {remat: _kept(config, remat, devices[0]) for remat in REMAT}
+    given = functools.cache(lambda fsdp: _given(config, fsdp, devices))
+    found = [
+        _estimate(layout, config, devices, given(layout.fsdp), kept[layout.remat])
+        for layout in _layouts(config, devices)
+    ]
+    if not found:
+        raise ValueError(
+            f"no mesh of {len(devices)} devices divides a batch of {config.train.batch}; train.batch must be a"
+            " multiple of the devices that share it"
+        )
+    found.sort(key=lambda x: x.layout.accumulate)
+    fitting: dict[Any, Estimate] = {}
+    for estimate in found:
+        if estimate.fits:
+            fitting.setdefault(estimate.layout._replace(accumulate=1), estimate)
+    others = (estimate for estimate in found if not estimate.fits)
+    fastest = sorted(fitting.values(), key=lambda x: (round(math.log(x.seconds) / ALIKE), x.memory))
+    return fastest + sorted(others, key=lambda x: x.memory)
+
+
+def _layouts(config: RunConfig, devices: Sequence[Any]) -> Iterator[Layout]:
+    tensor, slices = config.mesh.tensor, len(set(map(slice_of, devices)))
+    ways = len(devices) // tensor
+    if config.train.batch % ways:
+        return
+    rows = config.train.batch // ways
+    sizes = [fsdp for fsdp in (2**i for i in range(13)) if (ways // slices) % fsdp == 0]
+    for fsdp, accumulate, remat in itertools.product(sizes, PARTS, REMAT):
+        if rows % accumulate == 0:
+            yield Layout(ways // fsdp, fsdp, tensor, accumulate, remat)
+
+
+class _Given(NamedTuple):
+    """What a training step is given on one mesh."""
+
+    bytes: int  # of a device
+    gradient: int  # the same, of one gradient
+    params: int  # of all devices
+    flops: float
+
+
+def _given(config: RunConfig, fsdp: int, devices: Sequence[Any]) -> _Given:
+    sizes = dataclasses.replace(config.mesh, data=-1, fsdp=fsdp)
+    program = training(dataclasses.replace(config, mesh=sizes), make_mesh(sizes, devices))
+    params = program.arguments["state"].params
+    count = sum(leaf.size for leaf in jax.tree.leaves(params))
+    return _Given(sum(held(program).values()), device_bytes(params), count, program.flops)
+
+
+def _estimate(
+    layout: Layout, config: RunConfig, devices: Sequence[Any], given: _Given, kept: int
+) -> Estimate:
+    row, slices = chip(devices[0].device_kind), len(set(map(slice_of, devices)))
+    rows = config.train.batch / (layout.data * layout.fsdp)
+    gradients = given.gradient * (2 if layout.accumulate > 1 else 1)
+    memory = given.bytes + gradients + int(kept * rows / layout.accumulate)
+    passes, gathers = PASSES[layout.remat]
+    compute = given.flops * passes / 3 / len(devices) / (row.peak * REACHED)
+    whole = 2 * given.params / layout.tensor  # bytes, in bfloat16
+    within = whole * (layout.fsdp - 1) / layout.fsdp * (gathers + 1) * layout.accumulate
+    summed = 2 * whole / layout.fsdp
+    within += summed * (layout.data > slices)
+    across = summed * row.chips / row.network if slices > 1 else 0.0
+    sending = within / (2 * row.dims * row.link) + across
+    seconds = compute + (1 - HIDDEN) * sending
+    return Estimate(layout, memory, seconds, memory <= ROOM * row.hbm)
+
+
+def _kept(config: RunConfig, remat: str, device: Any) -> int:
+    """Bytes an example that the network keeps from the forward pass for the backward pass."""
+    alone = make_mesh(MeshConfig(data=1), [device])
+    run = dataclasses.replace(
+        config,
+        mesh=MeshConfig(data=1),
+        backbone=dataclasses.replace(config.backbone, remat=remat),
+    )
+    made = parts(run, alone)
+    one, two = (_residuals(made, rows, alone) for rows in (1, 2))
+    return two - one
+
+
+def _residuals(made: Parts, rows: int, mesh: Mesh) -> int:
+    apply, text = made.network.apply, made.pretrained.text
+    channels = made.pretrained.autoencoder.config.latent_channels
+    length = text.tokenizers[0].max_length
+    shape = lambda *dims: jax.ShapeDtypeStruct((rows, *dims), jnp.float32)  # noqa: E731
+    cond = Cond(
+        shape(length, text.width),
+        pooled=shape(text.pooled_width) if text.pooled_width else None,
+        sizes=shape(6),
+    )
+
+    def backward(params: Any, x: Any, told: Any, cond: Cond) -> Any:
+        def forward(params: Any) -> Any:
+            return apply(params, x, told, apply(params, cond, method="prepare"))
+
+        return jax.vjp(forward, params)[1]
+
+    params = jax.eval_shape(made.network.init, jax.random.key(0))
+    with jax.set_mesh(mesh):
+        latents = shape(made.side, made.side, channels)
+        residuals = jax.eval_shape(backward, params, latents, shape(), cond)
+    leaves = jax.tree.leaves(residuals)
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)

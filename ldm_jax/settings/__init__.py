@@ -1,0 +1,1 @@
+"""The config of a run as dataclass, ConfigDict and JSON, and the command line over it."""

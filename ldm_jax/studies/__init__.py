@@ -1,0 +1,1 @@
+"""Studies: grids of runs, their records, and what records say of a finding."""
