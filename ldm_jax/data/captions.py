@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from ldm_jax.data.sources import Skip
+from ldm_jax.data.text import is_unicode
 
 _STREAM = 0x63617074  # keeps these draws apart from others made from the same two numbers
 
@@ -39,7 +40,7 @@ def check_captions(captions: Sequence[str], limit: int = 4000) -> tuple[str, ...
             raise Skip("NUL in caption")
         if not caption.strip():
             raise Skip("empty caption")
-        if any("\ud800" <= character <= "\udfff" for character in caption):
+        if not is_unicode(caption):
             raise Skip("caption is not UTF-8")
     return tuple(caption.strip() for caption in captions)
 

@@ -346,4 +346,5 @@ def _summarise(
         autoencoder=autoencoder,
         text_encoder=job.text.fingerprint if job.text else "",
         shards=tuple(shards),
+        left_out=dict(getattr(job.source, "left_out", {})),
     )

@@ -103,6 +103,7 @@ class Manifest:
       autoencoder: what made the latents.
       text_encoder: fingerprint of what made the stored embeddings; empty where none are stored.
       shards: the files, in the order of the source.
+      left_out: reason -> names of what the source found and gave no items of.
     """
 
     version: int
@@ -117,6 +118,7 @@ class Manifest:
     autoencoder: Autoencoder
     text_encoder: str
     shards: tuple[Shard, ...]
+    left_out: dict[str, list[str]] = dataclasses.field(default_factory=dict)
 
     def write(self, directory: Path) -> None:
         """Writes `manifest.json`, all of it or nothing."""

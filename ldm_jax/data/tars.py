@@ -11,9 +11,11 @@ from collections.abc import Iterator
 from typing import BinaryIO, NamedTuple
 
 from ldm_jax.data.captions import as_captions
+from ldm_jax.data.images import ENDINGS
 from ldm_jax.data.sources import Item, Skip, digest
+from ldm_jax.data.text import decode
 
-IMAGES = ("jpg", "jpeg", "png", "webp")
+IMAGES = tuple(ending.removeprefix(".") for ending in ENDINGS)
 
 _LARGEST = 2**30  # bytes of a member that is read
 _PADDING = 2**20  # more bytes of zeros than any program writes at the end of a tar
@@ -36,9 +38,9 @@ class _Sample(NamedTuple):
 class Tars:
     """The samples of tar files, in order: `tars:/data/{000..010}.tar`.
 
-    A sample has its image as `.jpg`, `.jpeg`, `.png` or `.webp` (the first of these that is there), and its caption
-    as `.txt` or else in a field of `.json`. The headers are read once, at the opening; after that any sample is one
-    seek away. A tar that is damaged or cut short is refused at the opening, as nobody can tell what it has lost.
+    A sample has its image by one of `images.ENDINGS` (the first of these that is there), and its caption as `.txt` or
+    else in a field of `.json`. The headers are read once, at the opening; after that any sample is one seek away. A tar
+    that is damaged or cut short is refused at the opening, as nobody can tell what it has lost.
 
     Attributes:
       paths: the files; `{000..010}` counts, and `*`, `?` and `[...]` match as in a shell.
@@ -205,4 +207,4 @@ def _read(sample: _Sample, extension: str) -> bytes:
 
 
 def _read_text(sample: _Sample, extension: str) -> str:
-    return _read(sample, extension).decode("utf-8-sig", "surrogateescape")
+    return decode(_read(sample, extension))

@@ -145,6 +145,26 @@ def test_a_bad_item_is_skipped_counted_and_listed(tmp_path, reason):
     np.testing.assert_allclose(stored[0].latents, expected, atol=1e-3)
 
 
+def test_a_folder_of_anything_is_encoded_with_a_manifest_of_all_that_is_not(tmp_path):
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for name in ("a.jpg", "caf\udce9.jpg", "b.heic"):
+        (photos / name).write_bytes(image_file())
+    os.mkfifo(photos / "pipe.jpg")
+    (photos / "linked").symlink_to(tmp_path)
+    rows = [{"file_name": name, "text": "a caption"} for name in ("a.jpg", "\ud800", "../x")]
+    (photos / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    run(open_source(f"folder:{photos}"), tmp_path / "latents", limits=Limits(max_skipped=0.9))
+    manifest = Manifest.read_from(tmp_path / "latents")
+    assert [unpack(data).key for data in records(tmp_path / "latents")] == ["a.jpg"]
+    assert {reason: len(keys) for reason, keys in manifest.skipped.items()} == {
+        "file outside the folder": 1,
+        "name is not UTF-8": 2,
+        "not a regular file": 1,
+    }
+    assert manifest.left_out == {".heic": ["b.heic"], "linked folder": ["linked"]}
+
+
 def test_too_many_bad_items_are_an_error_that_names_the_reasons(tmp_path):
     source = Pictures(bad=(1, 2, 15))
     message = (

@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from ldm_jax.data import Skip, open_source
+from ldm_jax.data.images import ENDINGS
 from ldm_jax.data.tars import Tars, expand
 
 
@@ -62,6 +63,22 @@ def test_a_list_of_captions_in_json_is_the_main_one_and_alternatives(tmp_path):
     write_tar(tmp_path / "a.tar", {"x.jpg": b"i", "x.json": b'{"texts": ["one", "two"]}'})
     assert open_source(f"tars:{tmp_path}/a.tar?caption=texts")[0].captions == ("one", "two")
     assert open_source(f"tars:{tmp_path}/a.tar")[0].captions == ()
+
+
+def test_images_of_every_known_ending_are_read_and_the_first_of_several(tmp_path):
+    members = {f"{ending[1:]}{ending}": ending.encode() for ending in ENDINGS}
+    write_tar(tmp_path / "a.tar", members | {"both.gif": b"2", "both.png": b"1"})
+    source = Tars(f"{tmp_path}/a.tar")
+    images = [ending.encode() for ending in ENDINGS]
+    assert [source[index].image for index in range(len(source))] == [*images, b"1"]
+
+
+def test_a_byte_order_mark_is_no_part_of_a_caption(tmp_path):
+    members = {"x.jpg": b"i", "x.txt": b"\xef\xbb\xbfa red cat"}
+    members |= {"y.jpg": b"i", "y.json": b'\xef\xbb\xbf{"caption": "a red cat"}'}
+    write_tar(tmp_path / "a.tar", members)
+    source = Tars(f"{tmp_path}/a.tar")
+    assert source[0].captions == source[1].captions == ("a red cat",)
 
 
 def test_a_sample_without_a_caption_has_none(tmp_path):
