@@ -23,8 +23,10 @@ from ldm_jax.models.networks import KINDS, make_network
 from ldm_jax.models.pixart_config import PixArtConfig
 from ldm_jax.models.t5 import T5Config
 from ldm_jax.models.uvit_config import UViTConfig
+from ldm_jax.planning import programs
 from ldm_jax.runs.config import RunConfig
 from ldm_jax.runs.convert import INDEX, model_index
+from ldm_jax.runs.encode import encode as encode_run
 from ldm_jax.runs.pretrained import pretrained_directory
 from ldm_jax.runs.run import Run
 from ldm_jax.settings.command_line import UsageError, parse
@@ -243,3 +245,25 @@ def test_a_backbone_that_does_not_fit_the_directory_is_refused(shelf, name, chan
     config = config_of(name, shelf / name, backbone=backbone)
     with pytest.raises(ValueError, match=sentence):
         _ = Run(config).network
+
+
+@pytest.mark.parametrize("stored", [False, True])
+@pytest.mark.parametrize("name", [*BACKBONES, "uvit"])
+def test_what_is_planned_is_what_runs(shelf, tmp_path, name, stored):
+    """Shapes and dtypes of a planned batch are those that the loader reads, and the step takes both."""
+    kind = "sd2.1" if name == "uvit" else name
+    backbone = UViTConfig(text_width=32, width=24, depth=2, num_heads=2, sample_size=8)
+    changes = {"backbone": backbone} if name == "uvit" else {}
+    config = config_of(kind, shelf / kind, **changes)
+    data = dataclasses.replace(config.data, text_embeddings=stored, source="scenes:simple?count=8")
+    run = Run(dataclasses.replace(config, data=data), tmp_path)
+    encode_run(run)
+    loader = run.loader()
+    read, planned = next(loader), programs.batch(programs.Planned(run.config))
+    loader.close()
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), read) == jax.tree.map(
+        lambda x: (x.shape, x.dtype), planned
+    )
+    state = run.training.abstract
+    _, scalars = jax.eval_shape(run.training.step, state, run.frozen.params, read)
+    assert scalars["loss"].shape == ()

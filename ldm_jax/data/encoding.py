@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import grain
+import jax
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 from flax import serialization
@@ -306,6 +307,13 @@ def _printable(key: str) -> str:
     return key.encode("utf-8", "backslashreplace").decode()
 
 
+def stored(cond: Cond) -> dict[str, np.ndarray]:
+    """Returns the fields that a `Cond` has as they are stored: numbers in float16, sizes in pixels in float32."""
+    present = {name: np.asarray(x) for name, x in cond._asdict().items() if x is not None}
+    exact = {"mask": bool, "sizes": np.float32}
+    return {name: x.astype(exact.get(name, np.float16)) for name, x in present.items()}
+
+
 def _embed(
     text: TextEncoder, captions: Sequence[Sequence[str]], batch: int
 ) -> list[dict[str, np.ndarray]]:
@@ -313,11 +321,7 @@ def _embed(
     flat = [caption for group in captions for caption in group]
     padded = flat + [""] * (-len(flat) % batch)
     conds = [text.encode(padded[i : i + batch]) for i in range(0, len(padded), batch)]
-    columns = {}
-    for name in ("tokens", "mask", "pooled"):
-        if getattr(conds[0], name) is not None:
-            column = np.concatenate([np.asarray(getattr(cond, name)) for cond in conds])
-            columns[name] = column.astype(bool if name == "mask" else np.float16)
+    columns = stored(jax.tree.map(lambda *parts: np.concatenate(parts), *conds))
     ends = np.cumsum([len(group) for group in captions])
     starts = [0, *ends[:-1]]
     return [

@@ -36,8 +36,7 @@ class Record(NamedTuple):
       key: its name in the source.
       latents: as the autoencoder scales them, about unit variance.
       captions: the main one, then alternatives.
-      text: embeddings of the captions, if they are stored: the fields of `Cond` that are given ("tokens", "mask",
-        "pooled"), one row a caption.
+      text: embeddings of the captions, if they are stored: the fields of `Cond` that it has, one row per caption.
     """
 
     key: str

@@ -22,7 +22,7 @@ Embedding = Mapping[str, np.ndarray]
 _SEEDS_APART = 0x9E3779B9  # between parts, as grain adds the number of the epoch to a seed
 
 
-class _Example(NamedTuple):
+class Example(NamedTuple):
     latents: np.ndarray
     text: str | Embedding
     index: int
@@ -36,24 +36,24 @@ class _Choose:
     seed: int
     empty: str | Embedding  # "" asks for captions, an embedding for embeddings
 
-    def __call__(self, position: int, data: bytes) -> _Example:
+    def __call__(self, position: int, data: bytes) -> Example:
         record = unpack(data)
         choice = self.policy.choose(len(record.captions), self.seed, position)
         text = self.empty if choice is None else _text(record, choice, self.empty)
-        return _Example(record.latents, text, position)
+        return Example(record.latents, text, position)
 
 
 @dataclasses.dataclass(frozen=True)
-class _Collate:
+class Collate:
     """Examples to one batch of arrays; tokenising a list at a time is several times faster than one by one."""
 
     tokenizer: Tokenizer | None
 
-    def __call__(self, examples: Sequence[_Example]) -> Batch:
+    def __call__(self, examples: Sequence[Example]) -> Batch:
         texts = [example.text for example in examples]
         return Batch(
             latents=np.stack([example.latents for example in examples]).astype(np.float32),
-            text=self.tokenizer(texts) if self.tokenizer else _stack(texts),
+            cond=self.tokenizer(texts) if self.tokenizer else _stack(texts),
             weight=np.ones(len(examples), np.float32),
             index=np.array([example.index for example in examples], np.uint32),
         )
@@ -138,7 +138,7 @@ class Loader:
         self.batch = batch
         self._share = (process_index, process_count)
         self._options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=prefetch)
-        self._collate = _Collate(tokenizer)
+        self._collate = Collate(tokenizer)
         choose = _Choose(policy, seed, _empty(Path(parts[0][0]), self.manifests[0], tokenizer))
         orders = [
             grain.MapDataset.source(open_records(directory, manifest.shards))
@@ -233,7 +233,7 @@ def fixed_batch(
         )
     records = open_records(directory, manifest.shards)
     choose = _Choose(CaptionPolicy(0.0, 0.0), 0, _empty(Path(directory), manifest, tokenizer))
-    return _Collate(tokenizer)([choose(index, records[index]) for index in indices])
+    return Collate(tokenizer)([choose(index, records[index]) for index in indices])
 
 
 def _empty(directory: Path, manifest: Manifest, tokenizer: Tokenizer | None) -> str | Embedding:

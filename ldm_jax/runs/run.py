@@ -16,8 +16,9 @@ from etils import epath
 from jax.sharding import Mesh
 
 from ldm_jax import diffusion
+from ldm_jax.data.encoding import stored
 from ldm_jax.data.latents import Autoencoder, Manifest, main_captions
-from ldm_jax.data.loader import Loader, fixed_batch
+from ldm_jax.data.loader import Collate, Example, Loader, fixed_batch
 from ldm_jax.evals.evaluator import Evaluator, Viewer, proceed
 from ldm_jax.evals.generation import Generate, make_generate
 from ldm_jax.evals.prompts import Prompts, read_prompts
@@ -260,13 +261,24 @@ class Run:
             threads=self.config.data.workers,
         )
 
+    def empty_batch(self) -> Batch:
+        """Makes a batch of one example, all zeros, as the loader makes batches of records."""
+        channels = self.frozen.autoencoder.config.latent_channels
+        latents, text = np.zeros((self.side, self.side, channels), np.float16), ""
+        if self.tokenizer is None:
+            tokens, frozen = self.frozen.text([""]), {"text": self.frozen.text_params}
+            cond = jax.eval_shape(self.frozen.encode, frozen, tokens)
+            zeros = stored(jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), cond))
+            text = {name: rows[0] for name, rows in zeros.items()}
+        return Collate(self.tokenizer)([Example(latents, text, 0)])
+
     def check_records(self, directory: Path) -> Manifest:
         """Reads the manifest of a directory of latents. Raises ValueError if this run cannot use it."""
-        stored = self.config.data.text_embeddings
+        embedded = self.config.data.text_embeddings
         manifest = Manifest.read_from(directory)
         manifest.require(
             autoencoder=self.autoencoder.fingerprint,
-            text_encoder=weights.fingerprint(self.frozen.text_params) if stored else "",
+            text_encoder=weights.fingerprint(self.frozen.text_params) if embedded else "",
         )
         if manifest.size != self.config.data.size:
             raise ValueError(

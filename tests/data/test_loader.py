@@ -103,7 +103,7 @@ def items(batches):
 def examples(batches):
     """Position -> (item, caption) of every example."""
     batches = list(batches)
-    tokens = np.concatenate([batch.text[:, 0] for batch in batches]).tolist()
+    tokens = np.concatenate([batch.cond[:, 0] for batch in batches]).tolist()
     positions = np.concatenate([batch.index for batch in batches]).tolist()
     return dict(zip(positions, zip(items(batches), tokens, strict=True), strict=True))
 
@@ -111,7 +111,7 @@ def examples(batches):
 def test_a_batch_has_the_stated_types_and_shapes(load):
     (batch,) = load(1)
     assert batch.latents.shape == (4, 2, 2, 3)
-    assert batch.text.shape == (4, 2)
+    assert batch.cond.shape == (4, 2)
     assert batch.weight.tolist() == [1.0] * 4
     assert batch.index.tolist() == [0, 1, 2, 3]
     dtypes = [getattr(batch, name).dtype for name in ("latents", "text", "weight", "index")]
@@ -198,17 +198,17 @@ def test_stored_embeddings_are_those_of_the_chosen_captions(load):
     policy = CaptionPolicy(0.3, 0.5)
     captions = examples(load(12, policy=policy))
     for batch in load(12, policy=policy, tokenizer=None):
-        assert isinstance(batch.text, Cond)
-        assert batch.text.tokens.dtype == np.float32
+        assert isinstance(batch.cond, Cond)
+        assert batch.cond.tokens.dtype == np.float32
         expected = embed([str(captions[i][1]).replace("-1", "") for i in batch.index.tolist()])
-        np.testing.assert_array_equal(batch.text.tokens, expected.tokens)
-        np.testing.assert_array_equal(batch.text.mask, expected.mask)
+        np.testing.assert_array_equal(batch.cond.tokens, expected.tokens)
+        np.testing.assert_array_equal(batch.cond.mask, expected.mask)
 
 
 def test_a_fixed_batch_is_records_by_their_place_with_their_main_captions(directory):
     batch = fixed_batch(directory, [0, 7, 22], tokenizer=tokenizer)
     assert items([batch]) == [0, 7, 22]
-    assert batch.text[:, 0].tolist() == [0, 7, 22]
+    assert batch.cond[:, 0].tolist() == [0, 7, 22]
     assert batch.index.tolist() == [0, 7, 22]
     embedded = fixed_batch(directory, range(5), tokenizer=None)
     np.testing.assert_array_equal(embedded.text.tokens[:, 0, 0], range(5))
@@ -309,7 +309,7 @@ def test_a_mixture_goes_on_from_any_position_on_any_number_of_processes(load, mi
 
 def test_embeddings_of_a_mixture_are_those_of_the_record(load, mixed):
     for batch in load(10, tokenizer=None, parts=mixed):
-        assert batch.text.tokens[:, 0, 0].tolist() == items([batch])
+        assert batch.cond.tokens[:, 0, 0].tolist() == items([batch])
 
 
 @pytest.mark.parametrize("weight", [0.0, -1.0, float("nan"), float("inf")])
