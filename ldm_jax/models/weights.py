@@ -22,6 +22,7 @@ from jax.experimental import multihost_utils
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
+from ldm_jax.models.json_files import naming, read_json, typed
 from ldm_jax.models.names import Entry, Names, current_key, entries, flatten, to_ours, to_theirs
 from ldm_jax.types import Params
 
@@ -38,14 +39,11 @@ _WEIGHTS = re.compile(  # every file that holds weights, or lists those that do
 
 
 def read_config(directory: str | os.PathLike) -> dict[str, Any]:
-    """The content of `config.json`. Raises FileNotFoundError, or ValueError where it is not JSON."""
+    """The content of `config.json`. Raises FileNotFoundError, or ValueError where it is no JSON object."""
     path = Path(directory) / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"{directory} has no config.json; {_content(Path(directory))}")
-    try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
+    return read_json(path)
 
 
 def load(
@@ -331,7 +329,11 @@ def _files(directory: Path) -> list[Path]:
 
 
 def _indexed(index: Path) -> list[Path]:
-    shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    content = read_json(index)
+    with naming(index):
+        weight_map = typed(content, {"weight_map": (dict, {})})["weight_map"]
+        files = typed(weight_map, dict.fromkeys(weight_map, (str, None)))
+    shards = sorted(set(files.values()))
     absent = [shard for shard in shards if not (index.parent / shard).is_file()]
     if absent:
         raise FileNotFoundError(f"{index} lists shards that are not there: {_listed(absent)}")
