@@ -41,6 +41,12 @@ class ReaderConfig:
     asked: tuple[tuple[int, int], ...] = ((1, 2),)
     dtype: str = "float32"
 
+    def __post_init__(self) -> None:
+        if len(self.channels) != len(self.strides):
+            raise ValueError(
+                f"channels {self.channels} and strides {self.strides} are by convolution and must be of one length"
+            )
+
     @classmethod
     def from_dict(cls, config: dict[str, Any]) -> "ReaderConfig":
         """The config as its `config.json` has it."""

@@ -61,6 +61,7 @@ FIELDS = {
     "norm_num_groups": (int, 32),
     "use_linear_projection": (bool, False),
     "sample_size": (int | None, None),
+    "addition_embed_type": (str | None, None),
     "addition_time_embed_dim": (int | None, None),
     "projection_class_embeddings_input_dim": (int | None, None),
 }
@@ -222,7 +223,7 @@ class UNetConfig:
             mid_depth=_mid_depth(given["mid_block_type"], depths[-1]),
             **_heads(heads, channels, blocks),
             text_width=given["cross_attention_dim"],
-            **_added(given, values.get("addition_embed_type")),
+            **_added(given),
             num_groups=given["norm_num_groups"],
             use_linear_projection=given["use_linear_projection"],
             sample_size=given["sample_size"] or 64,
@@ -307,8 +308,8 @@ def _mid_depth(kind: str | None, depth: int) -> int | None:
     return depth if kind.endswith("CrossAttn") else 0
 
 
-def _added(given: Mapping[str, Any], kind: str | None) -> dict[str, int]:
-    if kind != "text_time":
+def _added(given: Mapping[str, Any]) -> dict[str, int]:
+    if given["addition_embed_type"] != "text_time":
         return {}
     if all(given[name] == value for name, value in REFINER.items()):
         raise ValueError(
@@ -328,6 +329,10 @@ def _added(given: Mapping[str, Any], kind: str | None) -> dict[str, int]:
 
 def _heads(counts: list[int], channels: tuple[int, ...], blocks: str) -> dict[str, int]:
     """`attention_head_dim`, which by an old mistake of diffusers' holds the number of heads, but not for IF."""
+    if any(count > width for width, count in zip(channels, counts, strict=True)):
+        raise ValueError(
+            f"attention_head_dim={counts} is more than block_out_channels={list(channels)}"
+        )
     if blocks == DEEPFLOYD:
         counts = [width // size for width, size in zip(channels, counts, strict=True)]
     elif len(set(counts)) == 1:
