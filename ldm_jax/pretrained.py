@@ -123,8 +123,9 @@ def load_scoring(config: RunConfig, mesh: Mesh) -> tuple[dict[str, Network], Tok
     if "clip" not in networks:
         return networks, None
     path = Path(config.eval.clip or directory / "clip")
-    tokenizer = Tokenizer.from_directory(path)
-    _check_tokenizer(path, tokenizer, networks["clip"].config.text)
+    text = networks["clip"].config.text
+    tokenizer = Tokenizer.from_directory(path, positions=text.max_position_embeddings)
+    _check_tokenizer(path, tokenizer, text)
     return networks, tokenizer
 
 
@@ -191,8 +192,11 @@ def _load_text(
         if number and not path.is_dir():
             continue
         network = load(path, config.text_precision)
-        length = T5_LENGTH if isinstance(network.config, T5Config) else None
-        tokenizer = Tokenizer.from_directory(directory / f"tokenizer{number}", length)
+        if isinstance(network.config, T5Config):
+            length = {"max_length": T5_LENGTH}
+        else:
+            length = {"positions": network.config.max_position_embeddings}
+        tokenizer = Tokenizer.from_directory(directory / f"tokenizer{number}", **length)
         _check_tokenizer(directory, tokenizer, network.config)
         networks.append(network)
         tokenizers.append(tokenizer)
