@@ -28,6 +28,7 @@ from ldm_jax.types import Params
 
 STEMS = ("diffusion_pytorch_model", "model")
 DTYPES = ("float32", "float16")
+STORED = ("dtype", "torch_dtype")  # transformers' names for what weights are stored in
 MAX_SHARD_SIZE = 10_000_000_000  # bytes: diffusers' default; readers take files of any size
 NAMED = 5  # tensors that an error message names before it only counts
 
@@ -96,7 +97,8 @@ def save(
 ) -> None:
     """Writes `config.json` and safetensors files, which `from_pretrained` of the class named in `config` opens.
 
-    `config` is what the network's `to_diffusers` or `to_transformers` gives; `dtype` is float32 or float16. What takes
+    `config` is what the network's `to_diffusers` or `to_transformers` gives, or a file that says the same and more;
+    where transformers names the dtype of the weights in it, it becomes `dtype`, which is float32 or float16. What takes
     more than `max_shard_size` bytes is divided into files that do not, with an index beside them; only a tensor that
     is larger by itself makes a larger file. The host holds the tensors of one file at a time. Where parameters lie on
     several hosts, all processes call this, and process 0 writes.
@@ -118,8 +120,9 @@ def save(
     stem = STEMS[0] if "_class_name" in config else STEMS[1]
     sizes = {entry.key: math.prod(entry.shape) * np.dtype(dtype).itemsize for entry in found}
     files = _divided(sizes, max_shard_size, stem)
+    stored = {name: dtype for name in STORED if name in config and stem == STEMS[1]}
     with _replacing(Path(directory)) as unfinished:
-        described = _write_json(unfinished / "config.json", dict(config))
+        described = _write_json(unfinished / "config.json", {**config, **stored})
         for name, keys in files.items():
             metadata = {"format": "pt"}  # transformers refuses a file without it
             save_file(dict(itertools.islice(tensors, len(keys))), unfinished / name, metadata)
