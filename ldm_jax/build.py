@@ -21,7 +21,7 @@ from ldm_jax.evals.evaluator import Evaluator, Viewer, proceed
 from ldm_jax.evals.generation import Generate, make_generate
 from ldm_jax.evals.prompts import Prompts, read_prompts
 from ldm_jax.metrics.resize import rounded
-from ldm_jax.models import weights
+from ldm_jax.models import BACKBONES, weights
 from ldm_jax.models.axes import TABLE
 from ldm_jax.models.networks import make_network
 from ldm_jax.nn.functional import Functional
@@ -32,6 +32,8 @@ from ldm_jax.training import State, abstract_state, init_state, make_optimizer, 
 from ldm_jax.training.checkpoints import Checkpoints
 from ldm_jax.training.step import Step
 from ldm_jax.types import Batch, Cond, Params, Point
+
+SET_BY = {"predicted_channels": "out_channels"}  # the setting of what a backbone tells of itself
 
 
 def make_backbone(config: RunConfig, pretrained: Pretrained) -> Functional:
@@ -49,11 +51,17 @@ def make_backbone(config: RunConfig, pretrained: Pretrained) -> Functional:
     }
     if backbone.pooled_width:
         fits["pooled_width"] = backbone.pooled_width, pretrained.text.pooled_width
-    for field, (given, wanted) in fits.items():
-        if given != wanted:
-            raise ValueError(
-                f"the backbone's {field} is {given}, and the pretrained models have {wanted}"
-            )
+    if wrong := [(field, *pair) for field, pair in fits.items() if pair[0] != pair[1]]:
+        said = "; ".join(
+            f"{field} is {given}, and the pretrained models have {wanted}"
+            for field, given, wanted in wrong
+        )
+        (name,) = {name for name, kind in BACKBONES.items() if type(backbone) is kind}
+        path = f"--config.backbone.{name}"
+        flags = " ".join(
+            f"{path}.{SET_BY.get(field, field)}={wanted}" for field, _, wanted in wrong
+        )
+        raise ValueError(f"the backbone's {said}: give {flags}, or --config.pretrained with others")
     side = config.data.size // pretrained.autoencoder.config.downsampling
     if side % backbone.multiple:
         raise ValueError(

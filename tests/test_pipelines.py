@@ -308,6 +308,13 @@ def test_a_precision_that_there_is_not_is_refused_by_name(tmp_path):
     ("name", "changes", "sentence"),
     [
         ("sdxl", {"text_width": 32}, "text_width is 32, and the pretrained models have 64"),
+        ("sdxl", {"text_width": 32}, r"give --config\.backbone\.unet\.text_width=64, or --config"),
+        (
+            "sdxl",
+            {"out_channels": 2, "text_width": 8},
+            r"give --config\.backbone\.unet\.text_width=64 --config\.backbone\.unet\.out_channels=4,",
+        ),
+        ("pixart", {"text_width": 8}, r"give --config\.backbone\.pixart\.text_width=32, or"),
         ("sdxl", {"pooled_width": 8}, "pooled_width is 8, and the pretrained models have 24"),
         ("pixart", {"in_channels": 2}, "in_channels is 2, and the pretrained models have 4"),
     ],
