@@ -37,7 +37,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def naming(path: Path) -> Iterator[None]:
+def naming(path: str | Path) -> Iterator[None]:
     """Puts the name of the file that is read at the start of a ValueError's sentence."""
     try:
         yield

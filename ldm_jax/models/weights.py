@@ -28,6 +28,12 @@ from ldm_jax.types import Params
 
 STEMS = ("diffusion_pytorch_model", "model")
 DTYPES = ("float32", "float16")
+READABLE = (
+    "F64",
+    "F32",
+    "F16",
+    "BF16",
+)  # the others are integers, or need scales that lie elsewhere
 STORED = ("dtype", "torch_dtype")  # transformers' names for what weights are stored in
 MAX_SHARD_SIZE = 10_000_000_000  # bytes: diffusers' default; readers take files of any size
 NAMED = 5  # tensors that an error message names before it only counts
@@ -181,8 +187,9 @@ class _Stored:
 
 @dataclasses.dataclass(frozen=True)
 class _InFile:
-    """A tensor of an open safetensors file, read every time anew."""
+    """A tensor of an open safetensors file, read every time anew; ValueError for one that holds no real numbers."""
 
+    file: Path
     handle: Any
     key: str
 
@@ -191,6 +198,10 @@ class _InFile:
         return tuple(self.handle.get_slice(self.key).get_shape())
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        if (kind := self.handle.get_slice(self.key).get_dtype()) not in READABLE:
+            raise ValueError(
+                f"{self.file}: {self.key} is stored as {kind}; only {', '.join(READABLE)} can be read"
+            )
         array = self.handle.get_tensor(self.key)
         return array if dtype is None else array.astype(dtype, copy=False)
 
@@ -307,7 +318,7 @@ def _in_files(directory: Path) -> Iterator[tuple[str, _InFile]]:
     for file in _files(directory):
         handle = _opened(file)
         for key in handle.keys():  # noqa: SIM118  (not a dict)
-            yield key, _InFile(handle, key)
+            yield key, _InFile(file, handle, key)
 
 
 def _files(directory: Path) -> list[Path]:
