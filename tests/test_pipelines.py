@@ -4,6 +4,7 @@ The autoencoder and CLIP's tokenizer are the embedded ones; text encoders are dr
 """
 
 import dataclasses
+import json
 import shutil
 import warnings
 from pathlib import Path
@@ -161,6 +162,80 @@ def test_tensors_of_a_pipeline_come_out_bit_for_bit(tmp_path, dtype):
         assert (tmp_path / "second" / path).read_bytes() == (source / path).read_bytes()
 
 
+# What diffusers and transformers need, and the networks here do not; with values that are not their defaults.
+SETTINGS = {
+    "sd1.5": {"unet": {"attention_head_dim": 4, "class_embeddings_concat": True}, "vae": {}},
+    "sd2.1": {"unet": {"upcast_attention": True, "addition_embed_type_num_heads": 32}, "vae": {}},
+    "sdxl": {"unet": {"upcast_attention": None}, "vae": {"force_upcast": False}},
+    "pixart": {"transformer": {"num_embeds_ada_norm": 500, "norm_num_groups": 16}, "vae": {}},
+}
+NEW = {"sample_size": 48, "_diffusers_version": "0.24.0", "_name_or_path": "somewhere"}
+
+
+def pipeline_with_settings(name, directory):
+    """Networks of one released pipeline, small, whose config.json say more than the networks here need."""
+    kind = "sd2.1" if name == "sd1.5" else name
+    config_of(kind, directory)
+    (directory / convert.INDEX).write_text("{}")
+    part = "transformer" if name == "pixart" else "unet"
+    backbone = BACKBONES[kind]
+    if name == "sd1.5":
+        backbone = dataclasses.replace(backbone, num_heads=4, use_linear_projection=False)
+    params = make_network(backbone).init(jax.random.key(0))
+    weights.save(directory / part, params, backbone.names, backbone.to_diffusers())
+    for changed, settings in SETTINGS[name].items():
+        rewrite(directory / changed, {**NEW, **settings})
+    rewrite(
+        directory / "text_encoder",
+        {"torch_dtype": "float32", "dtype": "float32", "attention_dropout": 0.25},
+    )
+
+
+def rewrite(directory, settings):
+    file = directory / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **settings}))
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_every_setting_of_a_pipeline_survives_in_half_precision(tmp_path, name):
+    pipeline_with_settings(name, tmp_path / "from")
+    converted(tmp_path / "from", tmp_path / "to", "--dtype=float16")
+    for part in (*SETTINGS[name], "text_encoder"):
+        before, after = (weights.read_config(tmp_path / to / part) for to in ("from", "to"))
+        stored = dict.fromkeys(weights.STORED, "float16") if part == "text_encoder" else {}
+        assert after == {**before, **stored}
+    for part in SETTINGS[name]:
+        before, after = (known_to_diffusers(tmp_path / to / part) for to in ("from", "to"))
+        assert before == after and before["sample_size"] == 48
+
+
+def known_to_diffusers(directory):
+    """The settings that their class has after `from_config`, but for the version that wrote them."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        diffusers = pytest.importorskip("diffusers")
+        kind = getattr(diffusers, weights.read_config(directory)["_class_name"])
+        model = kind.from_config(kind.load_config(directory))
+    return {key: value for key, value in model.config.items() if not key.startswith("_")}
+
+
+@pytest.mark.parametrize("content", ["5", "null", "[]"])
+def test_an_index_of_another_kind_is_refused(tmp_path, content):
+    (tmp_path / convert.INDEX).write_text(content)
+    with pytest.raises(ValueError, match=rf"{convert.INDEX} holds .*; it must be an object"):
+        converted(tmp_path, tmp_path / "to")
+
+
+def test_a_clip_whose_tokenizer_says_no_length_has_that_of_its_text_tower(tmp_path):
+    config = config_of("sd2.1", tmp_path / "pretrained")
+    path = tmp_path / "pretrained" / "tokenizer" / "tokenizer_config.json"
+    values = json.loads(path.read_text())
+    del values["model_max_length"]
+    path.write_text(json.dumps(values))
+    text = load_pretrained(config, make_mesh(config.mesh)).text
+    assert text.tokenizers[0].max_length == CLIP.max_position_embeddings
+
+
 def test_what_cannot_be_converted_is_said_and_leaves_nothing(tmp_path):
     with pytest.raises(FileNotFoundError, match="is neither a run"):
         converted(tmp_path / "nothing", tmp_path / "to")
@@ -236,6 +311,13 @@ def test_a_precision_that_there_is_not_is_refused_by_name(tmp_path):
     ("name", "changes", "sentence"),
     [
         ("sdxl", {"text_width": 32}, "text_width is 32, and the pretrained models have 64"),
+        ("sdxl", {"text_width": 32}, r"give --config\.backbone\.unet\.text_width=64, or --config"),
+        (
+            "sdxl",
+            {"out_channels": 2, "text_width": 8},
+            r"give --config\.backbone\.unet\.text_width=64 --config\.backbone\.unet\.out_channels=4,",
+        ),
+        ("pixart", {"text_width": 8}, r"give --config\.backbone\.pixart\.text_width=32, or"),
         ("sdxl", {"pooled_width": 8}, "pooled_width is 8, and the pretrained models have 24"),
         ("pixart", {"in_channels": 2}, "in_channels is 2, and the pretrained models have 4"),
     ],

@@ -117,8 +117,9 @@ def _load_scoring(
         raise ValueError(f"{path} holds a network of the kind {kind}, and is to be the {name}")
     if row.text is None:
         return network
-    tokenizer = Tokenizer.from_directory(path)
-    _check_tokenizer(path, tokenizer, row.text(network.config))
+    text = row.text(network.config)
+    tokenizer = Tokenizer.from_directory(path, positions=text.max_position_embeddings)
+    _check_tokenizer(path, tokenizer, text)
     return network._replace(tokenizer=tokenizer)
 
 
@@ -177,8 +178,11 @@ def _load_text(
         if number and not path.is_dir():
             continue
         network = load(path, config.text_precision)
-        length = T5_LENGTH if isinstance(network.config, T5Config) else None
-        tokenizer = Tokenizer.from_directory(directory / f"tokenizer{number}", length)
+        if isinstance(network.config, T5Config):
+            length = {"max_length": T5_LENGTH}
+        else:
+            length = {"positions": network.config.max_position_embeddings}
+        tokenizer = Tokenizer.from_directory(directory / f"tokenizer{number}", **length)
         _check_tokenizer(directory, tokenizer, network.config)
         networks.append(network)
         tokenizers.append(tokenizer)

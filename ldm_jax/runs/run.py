@@ -25,7 +25,7 @@ from ldm_jax.evals.prompts import Prompts, read_prompts
 from ldm_jax.files.buckets import in_bucket
 from ldm_jax.files.durable import alone_in
 from ldm_jax.metrics.resize import rounded
-from ldm_jax.models import weights
+from ldm_jax.models import BACKBONES, Backbone, weights
 from ldm_jax.models.axes import TABLE
 from ldm_jax.models.flops import Count, count
 from ldm_jax.models.networks import make_network
@@ -115,11 +115,8 @@ class Run:
         }
         if backbone.pooled_width:
             fits["pooled_width"] = backbone.pooled_width, self.frozen.text.pooled_width
-        for field, (given, wanted) in fits.items():
-            if given != wanted:
-                raise ValueError(
-                    f"the backbone's {field} is {given}, and the pretrained models have {wanted}"
-                )
+        if wrong := [(field, *pair) for field, pair in fits.items() if pair[0] != pair[1]]:
+            raise ValueError(_misfit(backbone, wrong))
         if self.side % backbone.multiple:
             raise ValueError(
                 f"data.size is {self.config.data.size}, which gives latents of {self.side} rows; this backbone takes a"
@@ -408,6 +405,24 @@ class Run:
             for first in range(0, count, size)
         ]
         return parts, count
+
+
+# The setting behind a property of a backbone.
+SET_BY = {"predicted_channels": "out_channels"}
+
+
+def _misfit(backbone: Backbone, wrong: Sequence[tuple[str, int, int]]) -> str:
+    """Says which fields of a backbone do not fit, as (field, given, wanted), and the flags that set them right."""
+    said = "; ".join(
+        f"{field} is {given}, and the pretrained models have {wanted}"
+        for field, given, wanted in wrong
+    )
+    (name,) = (name for name, kind in BACKBONES.items() if type(backbone) is kind)
+    flags = " ".join(
+        f"--config.backbone.{name}.{SET_BY.get(field, field)}={wanted}"
+        for field, _, wanted in wrong
+    )
+    return f"the backbone's {said}: give {flags}, or --config.pretrained with others"
 
 
 @contextlib.contextmanager

@@ -25,6 +25,7 @@ import dataclasses
 import difflib
 import inspect
 import io
+import itertools
 import json
 import re
 import textwrap
@@ -302,8 +303,17 @@ def _join(path: str, key: str) -> str:
 
 
 def _nearest(key: Any, present: Collection[str]) -> str:
-    match = difflib.get_close_matches(str(key), list(present), n=1)
-    return f" (did you mean {match[0]!r}?)" if match else ""
+    matches = difflib.get_close_matches(str(key), list(present))
+    if not matches:
+        return ""
+    # Slips are rare at the start of a name: "dpm++" is nearer to "dpmpp" than to "ddpm".
+    nearest = max(matches, key=lambda match: _shared_start(match, str(key)))
+    return f" (did you mean {nearest!r}?)"
+
+
+def _shared_start(first: str, second: str) -> int:
+    pairs = zip(first, second, strict=False)
+    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
 def _help(cls: type, name: str) -> str:
