@@ -176,7 +176,7 @@ def pipeline_with_settings(name, directory):
     """Networks of one released pipeline, small, whose config.json say more than the networks here need."""
     kind = "sd2.1" if name == "sd1.5" else name
     config_of(kind, directory)
-    (directory / convert.INDEX).write_text("{}")
+    (directory / INDEX).write_text("{}")
     part = "transformer" if name == "pixart" else "unet"
     backbone = BACKBONES[kind]
     if name == "sd1.5":
@@ -221,8 +221,8 @@ def known_to_diffusers(directory):
 
 @pytest.mark.parametrize("content", ["5", "null", "[]"])
 def test_an_index_of_another_kind_is_refused(tmp_path, content):
-    (tmp_path / convert.INDEX).write_text(content)
-    with pytest.raises(ValueError, match=rf"{convert.INDEX} holds .*; it must be an object"):
+    (tmp_path / INDEX).write_text(content)
+    with pytest.raises(ValueError, match=rf"{INDEX} holds .*; it must be an object"):
         converted(tmp_path, tmp_path / "to")
 
 
@@ -232,7 +232,7 @@ def test_a_clip_whose_tokenizer_says_no_length_has_that_of_its_text_tower(tmp_pa
     values = json.loads(path.read_text())
     del values["model_max_length"]
     path.write_text(json.dumps(values))
-    text = load_pretrained(config, make_mesh(config.mesh)).text
+    text = Run(config).frozen.text
     assert text.tokenizers[0].max_length == CLIP.max_position_embeddings
 
 
