@@ -17,19 +17,22 @@ from PIL import Image
 from safetensors.numpy import load_file
 
 from ldm_jax import convert, encode, sample, train
-from ldm_jax.diffusion import initial_noise
+from ldm_jax.diffusion import Leading, initial_noise
 from ldm_jax.models import weights
 from ldm_jax.models.clip import CLIPTextConfig
 from ldm_jax.models.networks import KINDS, make_network
 from ldm_jax.models.pixart_config import PixArtConfig
 from ldm_jax.models.t5 import T5Config
 from ldm_jax.models.uvit_config import UViTConfig
+from ldm_jax.parallel import MeshConfig
 from ldm_jax.planning import programs
 from ldm_jax.runs.config import RunConfig
 from ldm_jax.runs.convert import INDEX, model_index
 from ldm_jax.runs.encode import encode as encode_run
+from ldm_jax.runs.initial import pipeline_config
 from ldm_jax.runs.pretrained import pretrained_directory
 from ldm_jax.runs.run import Run
+from ldm_jax.runs.sample import draw
 from ldm_jax.settings.command_line import UsageError, parse
 
 T5_TOKENIZER = Path(__file__).parent / "goldens" / "t5_tokenizer"
@@ -349,3 +352,58 @@ def test_what_is_planned_is_what_runs(shelf, tmp_path, name, stored):
     state = run.training.abstract
     _, scalars = jax.eval_shape(run.training.step, state, run.frozen.params, read)
     assert scalars["loss"].shape == ()
+
+
+def written_by_diffusers(directory):
+    """A pipeline of Stable Diffusion 1.5's structure at a small width, its UNet and scheduler diffusers' own."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch, diffusers = pytest.importorskip("torch"), pytest.importorskip("diffusers")
+        torch.manual_seed(0)
+        unet = diffusers.UNet2DConditionModel(
+            sample_size=8,
+            block_out_channels=(16, 32),
+            layers_per_block=2,
+            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+            cross_attention_dim=32,
+            attention_head_dim=2,
+            norm_num_groups=8,
+        )
+        scheduler = diffusers.DDIMScheduler(
+            beta_schedule="scaled_linear",
+            beta_start=0.00085,
+            beta_end=0.012,
+            steps_offset=1,
+            set_alpha_to_one=False,
+            clip_sample=False,
+        )
+        config_of("sd2.1", directory)
+        unet.save_pretrained(directory / "unet")
+        scheduler.save_pretrained(directory / "scheduler")
+    index = {**model_index(TINY_UNET, Run(config_of("sd2.1", directory)).frozen.text)}
+    (directory / INDEX).write_text(json.dumps(index))
+    return directory
+
+
+TINY_UNET = BACKBONES["sd2.1"]
+
+
+def test_a_pipeline_that_diffusers_wrote_gives_the_images_that_diffusers_gives(tmp_path):
+    """As the beginning of a run on another mesh, before its first step."""
+    directory = written_by_diffusers(tmp_path / "sd2.1")
+    config = pipeline_config(directory, tiny.TINY)
+    assert (config.prediction, config.sampling.spacing, config.data.size) == ("eps", Leading(), 64)
+    run = Run(dataclasses.replace(config, mesh=MeshConfig(fsdp=4)), tmp_path / "run")
+    params = run.state().params
+    assert len(jax.tree.leaves(params)[0].sharding.device_set) == 8
+    ours = draw(run, run.generate(), params, [PROMPT], 1)[0].astype(int)
+    key = jax.random.fold_in(jax.random.fold_in(run.key("sample"), 0), 0)
+    noise = np.asarray(initial_noise(key[None], (8, 8, 4)))
+    theirs = drawn_by_diffusers(directory, config, noise)
+    assert np.std(ours) > 5
+    assert np.abs(ours - theirs).max() <= 2
+    with pytest.raises(
+        ValueError, match=r"prediction is v, and .* predict eps: give --config.pred"
+    ):
+        Run(dataclasses.replace(run.config, prediction="v")).initial()

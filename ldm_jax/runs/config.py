@@ -50,6 +50,8 @@ from ldm_jax.settings.schema import (
     one_of,
     to_json,
 )
+from ldm_jax.tasks import OBJECTIVES, Objective
+from ldm_jax.tasks.pretraining import Pretraining
 from ldm_jax.training.optimizer import OptimizerConfig
 
 EMBEDDED = "embedded"
@@ -199,6 +201,9 @@ class RunConfig:
     sampling: SamplingConfig = SamplingConfig()
     eval: EvalConfig = EvalConfig()
     mesh: MeshConfig = MeshConfig()
+    objective: Objective = choice(OBJECTIVES, Pretraining())  # what training minimises
+    # directory of a run or of a pipeline in diffusers' layout, whose weights training starts from; none: fresh ones
+    initial: str | None = None
 
     @staticmethod
     def upgrade(content: dict[str, Any]) -> dict[str, Any]:

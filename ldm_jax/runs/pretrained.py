@@ -4,6 +4,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -44,12 +45,17 @@ class Pretrained(NamedTuple):
     text_params: tuple[Params, ...]
     scoring: ScoringNetworks
     tile: int  # latent rows and columns that are decoded at a time; 0: all
+    beside: Mapping[str, Network] = MappingProxyType(
+        {}
+    )  # those that the objective asks for, by name
 
     @property
     def params(self) -> Params:
         """The parameters of all networks, an argument of the jitted programs."""
         scoring = {name: network.params for name, network in self.scoring.items()}
-        return {**scoring, "autoencoder": self.autoencoder.params, "text": self.text_params}
+        beside = {name: network.params for name, network in self.beside.items()}
+        own = {"autoencoder": self.autoencoder.params, "text": self.text_params}
+        return {**scoring, **beside, **own}
 
     def encode(self, frozen: Params, text: Tokens | Cond) -> Cond:
         """Tokens through the text encoders; text that is encoded already as it is."""
