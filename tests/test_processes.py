@@ -229,7 +229,8 @@ def test_processes_train_as_one_does(fresh, calm, processes, devices, sizes):
     finished(fresh, processes, devices, *mesh(*sizes))
     assert_alike(fresh, calm)
     # All connections stand before there is anything to compile, as Gloo waits no longer than 30 s for one.
-    assert "[Gloo]" not in (fresh / "log0").read_text().partition("Not scored")[2]
+    _, found, after = (fresh / "log0").read_text().partition("Skipped metrics")
+    assert found and "[Gloo]" not in after
     assert [row["recompiled"] for row in read_lines(fresh / "goodput.jsonl")] == [0]
 
 
@@ -411,7 +412,7 @@ def test_a_process_that_is_killed_takes_the_others_with_it(fresh, killed):
         job.processes[killed].kill()
         statuses = job.wait(12 * HEARTBEAT)
     assert statuses[killed] == -signal.SIGKILL
-    assert statuses[1 - killed] in (ABORTED - 128 - 12, -signal.SIGABRT, 1), job.said()
+    assert statuses[1 - killed] in (ABORTED, -signal.SIGABRT), job.said()
     log = job.logs[1 - killed].read_text()
     assert "Another process was lost" in log or "another task died" in log
     assert "Traceback" not in log and "goes on without" not in log

@@ -242,9 +242,7 @@ class Checkpoints:
         """Removes what a killed run or a full disk left unfinished; only a writer may do so."""
         for path in self.directory.iterdir():
             if _TEMPORARY in path.name:
-                with suppress(
-                    OSError
-                ):  # of a save that failed a thread may still write; the next sweep meets it
+                with suppress(OSError):  # a thread of a failed save may still write there
                     path.rmtree()
 
     def _check_room(self, needed: int) -> None:
