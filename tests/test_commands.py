@@ -215,7 +215,8 @@ def test_a_longer_run_continues_the_shorter_one(run, tmp_path):
     longer = tmp_path / "longer"
     shutil.copytree(run, longer)
     with jax.transfer_guard_device_to_device("disallow"):  # all lies on the mesh from the start
-        tiny.run(train, longer, "--config.train.examples=80", "--config.train.log_every=8")
+        words = ("examples=80", "log_every=8", "explosion=20")
+        tiny.run(train, longer, *(f"--config.train.{word}" for word in words))
     assert [row["examples"] for row in lines(longer / "record.jsonl")] == [64, 80]
 
 

@@ -1,6 +1,7 @@
 """What importing the library costs its user: no backend, none of the trainer's engines."""
 
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -56,3 +57,21 @@ def test_import_works_where_the_engines_are_not_installed(module):
 def test_hidden_engines_cannot_be_imported():
     with pytest.raises(AssertionError, match="No module named 'grain'"):
         run(HIDE.format(engines=ENGINES) + "import grain")
+
+
+def test_ctrl_c_while_a_command_imports_is_one_line():
+    command = [sys.executable, "-m", "ldm_jax.train", "--help"]
+    environment = {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    with subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        maps = Path(f"/proc/{process.pid}/maps")
+        while "/numpy/" not in maps.read_text():  # in the middle of the imports
+            assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        said, errors = process.communicate(timeout=60)
+    assert (process.returncode, said, errors) == (130, b"", b"interrupted\n")
+
+
+def test_a_program_that_imports_the_library_keeps_its_ctrl_c():
+    run("import signal, ldm_jax; assert signal.getsignal(2) is signal.default_int_handler")

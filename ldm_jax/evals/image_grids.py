@@ -8,6 +8,7 @@ from etils import epath
 from jaxtyping import UInt8
 from PIL import Image
 
+from ldm_jax.files.durable import naming
 from ldm_jax.types import Pixels
 
 
@@ -30,4 +31,5 @@ def save_png(path: epath.PathLike, pixels: UInt8[np.ndarray, "height width 3"]) 
     """Writes one image, into a bucket too."""
     stream = io.BytesIO()
     Image.fromarray(pixels).save(stream, format="PNG")
-    epath.Path(path).write_bytes(stream.getvalue())
+    with naming(path):
+        epath.Path(path).write_bytes(stream.getvalue())

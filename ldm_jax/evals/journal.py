@@ -8,11 +8,13 @@ samples/*.png         the first images of each, side by side
 
 import json
 from collections.abc import Mapping
+from typing import Any
 
 from etils import epath
 
 from ldm_jax.evals.image_grids import save_grid
 from ldm_jax.evals.prompts import Prompts
+from ldm_jax.files.durable import write_atomically
 from ldm_jax.files.lines import append_line, read_lines
 from ldm_jax.types import Estimate, Pixels
 
@@ -40,11 +42,11 @@ class Journal:
             {"prompt": text, "group": group}
             for text, group in zip(prompts.texts, prompts.groups, strict=True)
         ]
-        (self._directory / "prompts.json").write_text(json.dumps(rows, indent=1))
+        self._write("prompts.json", rows)
 
     def references(self, scores: Mapping[str, Mapping[str, Estimate]]) -> None:
         """Writes down the scores of what a model is measured against."""
-        (self._directory / "references.json").write_text(json.dumps(scores, indent=1))
+        self._write("references.json", scores)
 
     def add(
         self,
@@ -70,3 +72,6 @@ class Journal:
     def picture(self, name: str, images: Pixels) -> None:
         """Writes the first images side by side."""
         save_grid(self._directory / name, images[: self._shown], COLUMNS)
+
+    def _write(self, name: str, content: Any) -> None:
+        write_atomically(self._directory / name, json.dumps(content, indent=1).encode())

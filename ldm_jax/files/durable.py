@@ -16,6 +16,17 @@ from ldm_jax.files.typed_json import read_json
 SETTINGS = "settings.json"
 
 
+@contextlib.contextmanager
+def naming(path: epath.PathLike) -> Iterator[None]:
+    """Adds the path to an OSError that has none, as that of a full disk, which is met in writing and not in opening."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = os.fspath(path)
+        raise
+
+
 def write_atomically(path: epath.PathLike, data: bytes) -> None:
     """Writes a file that is either there in full or not at all, whenever the process or the machine dies."""
     if in_bucket(path):  # where every write is so
@@ -23,8 +34,9 @@ def write_atomically(path: epath.PathLike, data: bytes) -> None:
         return
     path = Path(path)
     partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(data)
-    publish(partial, path)
+    with naming(path):
+        partial.write_bytes(data)
+        publish(partial, path)
 
 
 def publish(partial: Path, path: Path) -> None:

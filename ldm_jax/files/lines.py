@@ -9,6 +9,7 @@ from typing import Any
 from etils import epath
 
 from ldm_jax.files.buckets import in_bucket
+from ldm_jax.files.durable import naming
 
 
 def append_line(path: epath.PathLike, entry: Any) -> None:
@@ -19,10 +20,11 @@ def append_line(path: epath.PathLike, entry: Any) -> None:
     has no locks, and no file in it grows: there the file is written anew, by one process only.
     """
     line = json.dumps(entry).encode() + b"\n"
-    if in_bucket(path):
-        _append_anew(epath.Path(path), line)
-    else:
-        _append_locked(path, line)
+    with naming(path):
+        if in_bucket(path):
+            _append_anew(epath.Path(path), line)
+        else:
+            _append_locked(path, line)
 
 
 def read_lines(path: epath.PathLike) -> list[dict[str, Any]]:
@@ -53,7 +55,9 @@ def _append_locked(path: epath.PathLike, line: bytes) -> None:
         fcntl.flock(file, fcntl.LOCK_EX)
         size = os.fstat(file).st_size
         torn = size > 0 and os.pread(file, 1, size - 1) != b"\n"
-        os.write(file, b"\n" + line if torn else line)
+        rest = b"\n" + line if torn else line
+        while rest:  # a disk that fills takes a part, and refuses the next
+            rest = rest[os.write(file, rest) :]
         os.fsync(file)
     finally:
         os.close(file)

@@ -1,8 +1,10 @@
 """Several processes as one run: how they find each other, and how they part.
 
 On TPU VMs, GKE, Slurm and Open MPI JAX finds out by itself who there is; elsewhere it is told, by flags or by the
-environment. A process that is lost takes the others with it: JAX's coordination service misses its heartbeat and aborts
-them, with exit status ABORTED. Whoever started them starts all of them again, and the run continues.
+environment. A process that never comes ends the others after `--arrival-timeout`. A process that is lost ends the
+others: on CPUs as soon as they wait for it, elsewhere when JAX's coordination service has missed its heartbeats for
+`--heartbeat-timeout` and aborts them. Both end with exit status ABORTED. Whoever started them starts all of them again,
+and the run continues.
 """
 
 import argparse
@@ -10,7 +12,9 @@ import atexit
 import contextlib
 import logging
 import os
+import re
 import sys
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
@@ -21,6 +25,7 @@ from jax.experimental import multihost_utils
 PREEMPTED = (
     75  # exit status: stopped from outside, saved, to be continued (EX_TEMPFAIL of sysexits.h)
 )
+INTERRUPTED = 130  # exit status: Ctrl-C (128 + SIGINT), saved where training had begun
 ABORTED = 134  # exit status: another process was lost (SIGABRT)
 
 THREADS = 64  # of XLA on CPUs
@@ -69,15 +74,27 @@ def joined(flags: argparse.Namespace) -> Iterator[None]:
     if place is None and not flags.distributed:
         yield
         return
-    _initialize(place, flags)
+    with _at_most(flags.arrival_timeout):
+        _initialize(place, flags)
     _log.info("Process %d of %d.", jax.process_index(), jax.process_count())
     try:
         yield
     except SystemExit:
         raise  # of all processes together, as after a preemption
-    except BaseException:
+    except BaseException as error:
+        if lost(error):
+            _log.error(
+                "Another process was lost (%s); start all again, to continue from the last checkpoint.",
+                " ".join(str(error).split()),
+            )
+            _leave(ABORTED)
         atexit.register(_leave)  # before JAX's own, which would wait for the others
         raise
+
+
+def lost(error: BaseException) -> bool:
+    """Returns whether an error says that another process is gone: of Gloo, which carries messages between CPUs."""
+    return re.search(r"\bGloo \w.* failed", str(error)) is not None
 
 
 def is_first() -> bool:
@@ -103,10 +120,31 @@ def agreed_numbers(values: Sequence[int], most: int) -> list[int]:
     return numbers[:count]
 
 
+@contextlib.contextmanager
+def _at_most(seconds: int) -> Iterator[None]:
+    """Ends this process if the block takes longer, with one sentence where JAX has a page."""
+
+    def end() -> None:
+        _log.error(
+            "Not all processes arrived within --arrival-timeout=%d seconds; look at the logs of the others, and start"
+            " all again.",
+            seconds,
+        )
+        _leave(ABORTED)
+
+    timer = threading.Timer(seconds, end)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
 def _initialize(place: Place | None, flags: argparse.Namespace) -> None:
     _prepare_cpus()
     timeouts = {
-        "initialization_timeout": flags.arrival_timeout,
+        "initialization_timeout": flags.arrival_timeout + 60,  # after `_at_most`
         "heartbeat_timeout_seconds": flags.heartbeat_timeout,
         "shutdown_timeout_seconds": flags.arrival_timeout,
     }
@@ -162,7 +200,7 @@ def _place(flags: argparse.Namespace, environment: Mapping[str, str]) -> Place |
     return place
 
 
-def _leave() -> None:
+def _leave(status: int = 1) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(1)
+    os._exit(status)

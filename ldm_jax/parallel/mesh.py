@@ -1,13 +1,15 @@
 """Meshes: how devices are laid out, and where a batch lies on them."""
 
 import dataclasses
+import functools
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import mesh_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from ldm_jax.parallel.rules import Rules
@@ -78,7 +80,30 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
             devices,
             allow_split_physical_axes=True,
         )
-    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    mesh = Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    if jax.default_backend() == "cpu" and jax.process_count() > 1:
+        _connect(mesh)
+    return mesh
+
+
+def _connect(mesh: Mesh) -> None:
+    """Runs one collective over each set of axes, and over the processes, while all processes are at the same place.
+
+    On CPUs Gloo connects a group of devices at its first collective, and gives up after 30 s that nothing can change:
+    too few where one process compiles what another finds in its cache. Once connected, they wait for each other.
+    """
+    ones = jax.make_array_from_callback(
+        (mesh.size,), NamedSharding(mesh, PartitionSpec(AXES)), lambda index: np.ones(1, np.float32)
+    )
+    axes = [axis for axis in AXES if mesh.shape[axis] > 1]
+    for number in range(1, len(axes) + 1):
+        for some in itertools.combinations(axes, number):
+            total = functools.partial(jax.lax.psum, axis_name=some)
+            rest = PartitionSpec(tuple(axis for axis in AXES if axis not in some))
+            jax.jit(jax.shard_map(total, mesh=mesh, in_specs=PartitionSpec(AXES), out_specs=rest))(
+                ones
+            ).block_until_ready()
+    multihost_utils.process_allgather(np.ones(1))
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

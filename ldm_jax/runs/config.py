@@ -126,7 +126,7 @@ class TrainConfig:
         PRECISIONS, "float32"
     )  # of the network's computation; parameters are float32
     ema: float = 50_000.0  # half-life of the average of the parameters, in examples; 0: no average
-    explosion: float = 10.0  # a loss of so many medians stops the run
+    explosion: float = 10.0  # losses of so many medians, 12 of 16 steps, stop the run
     log_every: int = 5_000  # examples between lines of metrics
     save_every: int = 50_000  # examples between checkpoints
     keep: int = 3  # checkpoints that are kept
@@ -220,6 +220,7 @@ MAY_CHANGE = (
     "train.save_every",
     "train.keep",
     "train.profile",
+    "train.explosion",
     "eval.every",
     "eval.shown",
     "eval.metrics",

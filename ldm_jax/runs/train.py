@@ -28,7 +28,7 @@ from ldm_jax.training import Every, Hook, State, Stopwatch, Tick, fit, prefetch
 from ldm_jax.training.hooks import Guard, Metrics, Profiler, Progress, tensorboard
 from ldm_jax.training.loop import tolerated
 from ldm_jax.training.record import RunRecord
-from ldm_jax.training.saving import Preemption, Save
+from ldm_jax.training.saving import Preemption, Save, Saver
 from ldm_jax.types import Estimate, Pixels
 
 
@@ -38,6 +38,7 @@ def train(run: Run, watch: Stopwatch) -> None:
     loader, step, frozen = run.loader(), run.jit_step(), run.frozen.params
     first = distributed.is_first()
     claim(run.config, run.workdir, write=first)
+    run.checkpoints.check_writable()
     state = run.state()
     begun = int(state.examples)
     hooks = make_hooks(run, begun, make_evaluated(run))
@@ -97,17 +98,18 @@ def make_evaluated(run: Run) -> Evaluated:
 def make_hooks(run: Run, begun: int, evaluated: Evaluated) -> list[Hook]:
     """Makes the hooks in the order in which they are called; those that write for people are the first process's."""
     train, workdir, checkpoints = run.config.train, run.workdir, run.checkpoints
-    guard = Guard(workdir, checkpoints.latest, factor=train.explosion)
+    losses = checkpoints.losses(begun)
+    guard = Guard(workdir, checkpoints.latest, factor=train.explosion, losses=losses)
     metrics, shown, traced = None, [], []
     if distributed.is_first():
         metrics = Metrics(workdir, train.log_every, tensorboard(workdir), begun)
         shown = [metrics, Progress(train.examples, flops_per_example(run))]
         if train.profile:
             traced = [Profiler(workdir / "profile", *train.profile)]
-    settle = (guard.settle, metrics.settle) if metrics else (guard.settle,)
-    preemption = Preemption(checkpoints, distributed.PREEMPTED, settle=settle)
+    saver = Saver(checkpoints, guard, settle=(metrics.settle,) if metrics else ())
+    preemption = Preemption(saver)
     evaluate = Evaluate(run, evaluated, metrics, guard.settle, preemption.check)
-    save = Save(checkpoints, train.save_every, settle=settle)
+    save = Save(saver, train.save_every)
     return [guard, *shown, Every(run.config.eval.every, evaluate), save, preemption, *traced]
 
 
@@ -171,9 +173,11 @@ class Evaluate(Hook):
             features = viewer(self._run.frozen.params, [np.asarray(to_images(pixels))])
             references["true renders"] = self._scores(features)
             if self._journal:
-                self._journal.picture("samples/true.png", pixels)
+                with tolerated("The picture of true images"):
+                    self._journal.picture("samples/true.png", pixels)
         if self._journal:
-            self._journal.references(references)
+            with tolerated("The scores that a model is measured against"):
+                self._journal.references(references)
 
     def _write(
         self, examples: int, state: State, weights: str | None = None

@@ -15,6 +15,7 @@ import logging
 import os
 import re
 import shutil
+import signal
 import sys
 import textwrap
 import traceback
@@ -27,6 +28,7 @@ from typing import Any, NoReturn
 from etils import epath
 from ml_collections import config_dict
 
+import ldm_jax
 from ldm_jax.settings import schema
 from ldm_jax.settings.schema import CONFIG_FILE, Setting
 
@@ -72,7 +74,10 @@ def run_command(
         sys.exit(0)
     except OSError as error:
         _fail(_sentence(error), 1)
+    command = signal.getsignal(signal.SIGINT) is ldm_jax.end_interrupted
     try:
+        if command:  # from here on there may be something to tidy up
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         with _bucket_errors():
             main(flags)
     except KeyboardInterrupt:
@@ -81,6 +86,9 @@ def run_command(
         if flags.traceback:
             raise
         _fail(_sentence(error), 2 if isinstance(error, UsageError) else 1)
+    finally:
+        if command:  # or Python's own tidying up shows stacks
+            signal.signal(signal.SIGINT, ldm_jax.end_interrupted)
     sys.exit(0)
 
 

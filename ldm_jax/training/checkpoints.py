@@ -13,8 +13,8 @@ import logging
 import os
 import shutil
 import zlib
-from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import jax
@@ -26,6 +26,8 @@ from jaxtyping import Array, UInt32
 from orbax.checkpoint import v1 as ocp
 
 from ldm_jax.files.buckets import in_bucket
+from ldm_jax.files.durable import naming
+from ldm_jax.parallel.distributed import lost
 from ldm_jax.parallel.rules import leaf_name
 from ldm_jax.training.loop import TrainingError
 from ldm_jax.training.state import State
@@ -36,6 +38,8 @@ _TEMPORARY = ".orbax-checkpoint-tmp"
 # small one would hold up training for longer than it saves.
 _SLICE = 2**20
 _COMMITTED = "commit_success.txt"  # the last file that Orbax writes, on every file system
+# Seconds that a process waits within a save for the others, which may have failed. Orbax's own 1200 s pass in silence.
+SAVE_TIMEOUT = 300
 
 
 def _not_from_orbax(record: logging.LogRecord) -> bool:
@@ -60,15 +64,31 @@ class Checkpoints:
         path = os.fspath(directory)  # Orbax wants it absolute; a bucket's is
         self.directory = epath.Path(path if in_bucket(path) else os.path.abspath(path))
         self.keep = keep
-        self._pending: tuple[int, ocp.AsyncResponse] | None = None
+        self._pending: tuple[int, ocp.AsyncResponse, bool] | None = None
         self._damaged: set[int] = set()
         logging.getLogger("absl").addFilter(_not_from_orbax)
 
-    def save(self, state: State) -> None:
+    def check_writable(self) -> None:
+        """Checks before training that every process can write here, which is not so where one has mounted it read-only.
+
+        Raises:
+          OSError: in all processes, if one of them cannot.
+        """
+        here = self.directory if self.directory.is_dir() else self.directory.parent
+        try:
+            _together(lambda: _probe(here))
+        except Exception as error:  # buckets raise many kinds
+            if lost(error):
+                raise
+            raise OSError(
+                f"The run cannot be saved in {here} ({_sentence(error)}); make it writable for every process."
+            ) from error
+
+    def save(self, state: State, losses: Sequence[float] = (), *, replace: bool = True) -> None:
         """Saves the state: copied when this returns, written in the background.
 
-        A save that is still under way is waited for. A checkpoint of these examples that is there
-        already is left alone.
+        `losses` are the newest ones, for `Guard`; without `replace` no older checkpoint is deleted after this one. A
+        save that is still under way is waited for. A checkpoint of these examples that is there already is left alone.
 
         Raises:
           OSError: this checkpoint, or the one that was under way, could not be written.
@@ -78,7 +98,7 @@ class Checkpoints:
         examples, leaves = int(state.examples), _named(state)
         size = sum(leaf.nbytes for leaf in leaves.values())
         with self._explained(examples):
-            if _by_first(lambda: self._is_there(examples, size)):
+            if _together(lambda: self._is_there(examples, size)):
                 return
         manifest, poisoned = _describe(leaves)
         if poisoned:
@@ -88,7 +108,8 @@ class Checkpoints:
             )
         with self._explained(examples):
             try:
-                _together(lambda: self._start(examples, leaves, manifest))
+                content = {"leaves": manifest, "losses": list(losses)}
+                _together(lambda: self._start(examples, leaves, _sealed(content), replace))
             except Exception:
                 self._pending = None  # in all processes, as in that which failed
                 raise
@@ -109,22 +130,25 @@ class Checkpoints:
             with self._explained(self._pending[0]):
                 self._finish()
 
-    def _start(self, examples: int, leaves: dict[str, Any], manifest: dict[str, Any]) -> None:
-        in_slices = ocp.Context()
-        in_slices.array.saving.min_slice_bytes_for_replica_parallel = _SLICE
-        with in_slices:
+    def _start(
+        self, examples: int, leaves: dict[str, Any], metadata: dict[str, Any], replace: bool
+    ) -> None:
+        context = ocp.Context()
+        context.array.saving.min_slice_bytes_for_replica_parallel = _SLICE
+        context.asynchronous.timeout_secs = SAVE_TIMEOUT
+        with context:
             response = ocp.save_async(
                 self._path(examples),
                 _nested(leaves),
-                custom_metadata=_sealed(manifest),
+                custom_metadata=metadata,
                 overwrite=True,  # A damaged one, since the others are among the usable.
             )
-        self._pending = examples, response
+        self._pending = examples, response, replace
 
     def _finish(self) -> None:
-        (_, response), self._pending = self._pending, None
+        (_, response, replace), self._pending = self._pending, None
         response.result()
-        if jax.process_index() == 0:
+        if jax.process_index() == 0 and replace:
             for old in self._usable()[: -self.keep]:
                 self._path(old).rmtree()
 
@@ -135,6 +159,11 @@ class Checkpoints:
         """
         self.wait()
         return self._newest()
+
+    def losses(self, examples: int) -> list[float]:
+        """Returns the losses that were saved with this checkpoint; none where there is no such checkpoint."""
+        found = examples in self._usable()
+        return _unsealed(self._path(examples)).get("losses", []) if found else []
 
     def restore(self, abstract: State, only: Collection[str] = State._fields) -> State:
         """The newest checkpoint that is sound, placed as `abstract_state` says, on whatever mesh.
@@ -161,7 +190,7 @@ class Checkpoints:
 
     def _load(self, examples: int, wanted: dict[str, Any]) -> dict[str, Any]:
         path = self._path(examples)
-        manifest = _unsealed(path)
+        manifest = _unsealed(path)["leaves"]
         _compare(manifest, wanted, path)
         partly = ocp.Context()
         partly.pytree.loading.partial_load = True
@@ -194,7 +223,15 @@ class Checkpoints:
         return self.directory / f"{examples:012d}"
 
     def _is_there(self, examples: int, size: int) -> bool:
-        """Whether this checkpoint is; if not, makes sure that there is room for it."""
+        """Checks that this process can write here; the first one returns whether this checkpoint is there already.
+
+        Raises:
+          OSError: a process cannot write, or there is no room for a new checkpoint.
+        """
+        self.directory.mkdir(parents=True, exist_ok=True)
+        _probe(self.directory)
+        if jax.process_index() != 0:
+            return False
         self._sweep()
         there = examples in self._usable()
         if not there:
@@ -203,10 +240,10 @@ class Checkpoints:
 
     def _sweep(self) -> None:
         """Removes what a killed run or a full disk left unfinished; only a writer may do so."""
-        self.directory.mkdir(parents=True, exist_ok=True)
         for path in self.directory.iterdir():
             if _TEMPORARY in path.name:
-                path.rmtree()
+                with suppress(OSError):  # a thread of a failed save may still write there
+                    path.rmtree()
 
     def _check_room(self, needed: int) -> None:
         """Tells of a full disk beforehand, where it can be known, and more plainly than Orbax."""
@@ -220,15 +257,20 @@ class Checkpoints:
         try:
             yield
         except Exception as error:  # Orbax raises many kinds.
+            if lost(error):
+                raise
             raise OSError(
                 f"The checkpoint of {examples} examples could not be written to {self.directory} "
                 f"({_sentence(error)}); the newest whole one there is of {self._newest()} examples."
             ) from error
 
 
-def _by_first(ask: Callable[[], bool]) -> bool:
-    """What the first process answers, for all; where it fails, so do all, as none may wait for another."""
-    return _together(lambda: ask() if jax.process_index() == 0 else False)
+def _probe(directory: epath.Path) -> None:
+    """Writes a file and removes it: Orbax lets the others wait for a process that cannot."""
+    path = directory / f"writable-{jax.process_index()}"
+    with naming(path):
+        path.write_bytes(b"yes")
+        path.unlink()
 
 
 def _together(do: Callable[[], Any]) -> bool:
@@ -286,20 +328,22 @@ def _describe(leaves: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
     return manifest, [name for name, (_, poisoned) in prints.items() if poisoned]
 
 
-def _sealed(manifest: dict[str, Any]) -> dict[str, Any]:
-    """A flipped bit in the manifest must not read as a checkpoint of another model."""
-    return {"leaves": manifest, "seal": zlib.crc32(json.dumps(manifest, sort_keys=True).encode())}
+def _sealed(content: dict[str, Any]) -> dict[str, Any]:
+    """Adds a digest: a flipped bit in the manifest must not read as a checkpoint of another model."""
+    parts = (json.dumps(content[name], sort_keys=True) for name in sorted(content))
+    return content | {"seal": zlib.crc32("".join(parts).encode())}
 
 
 def _unsealed(path: epath.Path) -> dict[str, Any]:
+    """Returns what was saved beside the arrays: "leaves", the manifest, and "losses", which older checkpoints lack."""
     try:
-        metadata = ocp.metadata(path).custom_metadata
-        manifest = metadata["leaves"]
+        metadata = dict(ocp.metadata(path).custom_metadata)
+        content = {name: part for name, part in metadata.items() if name != "seal"}
     except Exception as error:  # Orbax raises many kinds.
         raise _Damaged(_sentence(error)) from error
-    if _sealed(manifest) != metadata:
+    if _sealed(content) != metadata:
         raise _Damaged("its manifest is not the one that was written")
-    return manifest
+    return content
 
 
 def _compare(manifest: dict[str, Any], wanted: dict[str, Any], path: epath.Path) -> None:

@@ -20,6 +20,7 @@ import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
 
+from ldm_jax.files.durable import write_atomically
 from ldm_jax.files.lines import append_line, read_lines
 from ldm_jax.parallel.chips import peak_flops
 from ldm_jax.parallel.rules import leaf_name
@@ -27,6 +28,9 @@ from ldm_jax.training.loop import AHEAD, Hook, Tick, TrainingError, tolerated
 from ldm_jax.types import Batch, Pixels
 
 _log = logging.getLogger(__name__)
+
+RECENT = 16  # newest losses that the guard judges
+EXPLODED = 12  # high ones among them that are an explosion
 
 
 class Late:
@@ -56,9 +60,14 @@ class Late:
 class Guard(Hook):
     """Stops a run when a scalar is not finite or the loss explodes, and saves the batch.
 
-    An explosion is a loss over `factor` times the median of the last `window` ones; a quarter of a
-    window must be seen before one is judged. `last_good` tells which checkpoint there is, e.g.
-    `Checkpoints.latest`; the batch goes to `directory`.
+    A loss is high if it exceeds `factor` times the median of the losses in the window before the newest `RECENT`.
+    An explosion is `EXPLODED` high losses among the newest `RECENT`. One high loss proves nothing: under eps
+    prediction a batch of one example at a low noise level exceeds 10 medians. If losses are independent and high with
+    probability p, a step raises a false alarm with a probability below C(16, 12) p^12: 4e-13 for p = 0.05.
+
+    A quarter of the window must be seen before a loss is judged. `losses` are the newest ones of the run that
+    continues, from its checkpoint, so that the guard is awake at its first step. `last_good` tells which checkpoint
+    there is, e.g. `Checkpoints.latest`; the batch goes to `directory`.
 
     Raises:
       TrainingError: with the step, the last good checkpoint and the path of the batch.
@@ -71,10 +80,11 @@ class Guard(Hook):
         *,
         factor: float = 10.0,
         window: int = 128,
+        losses: Sequence[float] = (),
     ) -> None:
         self._directory, self._last_good = epath.Path(directory), last_good
         self._factor, self._least = factor, window // 4
-        self._losses: collections.deque[float] = collections.deque(maxlen=window)
+        self._losses = collections.deque(losses, maxlen=window)
         self._late = Late()
 
     def __call__(self, tick: Tick) -> None:
@@ -84,29 +94,52 @@ class Guard(Hook):
         """Waits for the steps that still run and judges them: to be asked before a save."""
         self._judge(self._late.flush())
 
+    @property
+    def losses(self) -> tuple[float, ...]:
+        """The window, oldest loss first: what a checkpoint stores for the guard of the run that continues."""
+        return tuple(self._losses)
+
+    @property
+    def doubtful(self) -> bool:
+        """True if the newest loss is high, or a quarter of the newest `RECENT` are: an explosion may have begun."""
+        _, high = self._high()
+        return high[-1:] == [True] or sum(high) >= RECENT // 4
+
     def _judge(self, ticks: Sequence[Tick]) -> None:
         for tick in ticks:
-            if fault := self._fault(tick.scalars):
-                self._stop(tick, fault)
+            for name in ("loss", *tick.scalars):
+                if not math.isfinite(tick.scalars[name]):
+                    self._stop(tick, f"{name} became {tick.scalars[name]}")
             self._losses.append(tick.scalars["loss"])
+            usual, high = self._high()
+            if sum(high) >= EXPLODED:
+                self._stop(
+                    tick,
+                    f"the loss rose to {self._losses[-1]:.4g} from a median of {usual:.4g}, and {sum(high)} of the last"
+                    f" {RECENT} losses exceed train.explosion={self._factor:g} medians",
+                )
 
-    def _fault(self, scalars: dict[str, float]) -> str | None:
-        for name in ("loss", *scalars):
-            if not math.isfinite(scalars[name]):
-                return f"{name} became {scalars[name]}"
-        if len(self._losses) >= max(1, self._least):
-            usual = statistics.median(self._losses)
-            if scalars["loss"] > self._factor * usual:
-                return f"the loss rose to {scalars['loss']:.4g} from a median of {usual:.4g}"
-        return None
+    def _high(self) -> tuple[float, list[bool]]:
+        """Returns the median, and which of the newest losses are high: none before a quarter of the window is seen."""
+        before, newest = self.losses[:-RECENT], self.losses[-RECENT:]
+        if not before or len(self._losses) < self._least:
+            return math.nan, []
+        usual = statistics.median(before)
+        return usual, [loss > self._factor * usual for loss in newest]
 
     def _stop(self, tick: Tick, fault: str) -> None:
-        path = self._directory / f"bad_batch_{tick.examples}.npz"
-        _save_batch(path, tick.batch)
         raise TrainingError(
             f"Training stopped because {fault} at step {tick.step}, after {tick.examples} "
-            f"examples; last good checkpoint: {self._good()}; the batch is saved as {path}."
+            f"examples; last good checkpoint: {self._good()}; {self._keep_batch(tick)}."
         )
+
+    def _keep_batch(self, tick: Tick) -> str:
+        path = self._directory / f"bad_batch_{tick.examples}.npz"
+        try:
+            _save_batch(path, tick.batch)
+        except OSError as error:  # which must not hide why the run stops
+            return f"the batch could not be saved as {path} ({error})"
+        return f"the batch is saved as {path}"
 
     def _good(self) -> str:
         try:
@@ -131,10 +164,9 @@ class Metrics(Hook):
         self._path, self._period, self._board = epath.Path(directory), period, board
         self._path.mkdir(parents=True, exist_ok=True)
         self._path /= "metrics.jsonl"
-        kept = self._path.with_name(self._path.name + ".partial")  # a kill here loses no line
         lines = [line for line in read_lines(self._path) if line["examples"] <= since]
-        kept.write_text("".join(json.dumps(line) + "\n" for line in lines) if since else "")
-        kept.replace(self._path)
+        text = "".join(json.dumps(line) + "\n" for line in lines) if since else ""
+        write_atomically(self._path, text.encode())  # a kill here loses no line
         self._late = Late()
         self._sums: collections.Counter[str] = collections.Counter()
         self._steps = 0
@@ -306,4 +338,4 @@ def _save_batch(path: epath.Path, batch: Batch) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         archive = io.BytesIO()  # as files in buckets cannot seek
         np.savez(archive, **arrays)
-        path.write_bytes(archive.getvalue())
+        write_atomically(path, archive.getvalue())

@@ -2,12 +2,36 @@
 
 import errno
 import os
+import resource
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
+from ldm_jax.evals.image_grids import save_grid
 from ldm_jax.files.durable import alone_in, claim, explained_disk_errors, write_atomically
+from ldm_jax.files.lines import append_line
+
+
+@pytest.mark.parametrize("name", ["prompts.json", "metrics.jsonl", "samples/a.png"])
+def test_a_full_disk_is_met_with_the_path_of_the_file(tmp_path, name):
+    """In writing, where the system's error has no path; a limit of the size of files is met as a full disk is."""
+    path = tmp_path / name
+    noise = np.random.default_rng(0).integers(0, 256, (1, 32, 32, 3), np.uint8)
+    writers = {
+        ".json": lambda: write_atomically(path, bytes(2000)),
+        ".jsonl": lambda: append_line(path, "x" * 2000),
+        ".png": lambda: save_grid(path, noise, 1),
+    }
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    try:
+        with pytest.raises(OSError) as caught:
+            writers[path.suffix]()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert str(path) in str(caught.value)
 
 
 def test_a_file_that_cannot_be_finished_leaves_the_old_one(tmp_path, monkeypatch):

@@ -38,7 +38,8 @@ def test_flags_and_the_environment_say_the_same(started, monkeypatch):
     join("--arrival-timeout=7")
     assert started[0] == started[1]
     assert started[0][0] == ("host:1234", 4, 3)
-    assert started[0][1]["initialization_timeout"] == 7
+    assert started[0][1]["initialization_timeout"] > 7  # ends before JAX does, with a sentence
+    assert started[0][1]["shutdown_timeout_seconds"] == 7
 
 
 def test_jax_finds_a_slice_by_itself(started):
@@ -74,3 +75,29 @@ def test_without_a_slice_it_says_what_to_give(started, monkeypatch):
     monkeypatch.setattr(jax.distributed, "initialize", nothing)
     with pytest.raises(ValueError, match=r"finds no TPU slice .* give --coordinator"):
         join("--distributed")
+
+
+@pytest.mark.parametrize(
+    ("error", "lost"),
+    [
+        (
+            ValueError("UNKNOWN: Gloo AllGather failed: [pair.cc:547] Connection closed by peer"),
+            True,
+        ),
+        (RuntimeError("UNKNOWN: Gloo context initialization failed: DEADLINE_EXCEEDED"), True),
+        (FileNotFoundError(2, "No such file or directory", "/data/Gloomy failed"), False),
+        (RuntimeError("RESOURCE_EXHAUSTED: out of memory"), False),
+    ],
+)
+def test_a_lost_process_ends_the_others_with_a_status_that_is_started_again(
+    started, monkeypatch, caplog, error, lost
+):
+    left = []
+    monkeypatch.setattr(distributed, "_leave", left.append)
+    monkeypatch.setattr(distributed.atexit, "register", lambda _: None)
+    parser = argparse.ArgumentParser()
+    distributed.add_flags(parser)
+    with pytest.raises(type(error)), distributed.joined(parser.parse_args(["--distributed"])):
+        raise error
+    assert left == [distributed.ABORTED] * lost
+    assert caplog.text.count("Another process was lost") == lost

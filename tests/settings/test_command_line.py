@@ -290,3 +290,27 @@ def test_what_tensorflow_says_of_a_bucket_is_one_line(monkeypatch, capsys):
             lambda _: tensorflow.io.gfile.listdir("ram://absent"), description=""
         )
     assert re.search(r": Could not find directory ram://absent\n$", capsys.readouterr().err)
+
+
+INTERRUPTED = """
+import atexit, os, signal
+import ldm_jax
+from ldm_jax.settings.command_line import run_command
+
+atexit.register(os.kill, os.getpid(), signal.SIGINT)  # after the command, when Python tidies up
+
+def main(flags):
+    try:
+        os.kill(os.getpid(), signal.SIGINT)
+    finally:
+        print("tidied")
+
+signal.signal(signal.SIGINT, ldm_jax.end_interrupted)  # as for `python -m ldm_jax.COMMAND`
+run_command(main, description="", in_workdir=False)
+"""
+
+
+def test_ctrl_c_lets_a_command_tidy_up_and_shows_no_stack_even_after_it():
+    done = subprocess.run([sys.executable, "-c", INTERRUPTED], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (130, "tidied\n")
+    assert done.stderr.splitlines() == ["-c: interrupted", "interrupted"]

@@ -1,19 +1,31 @@
 import io
 import json
+import math
 import re
 from collections import Counter
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import toy
 from PIL import Image
 from toy import ticks
 
-from ldm_jax.training import TrainingError, fit
-from ldm_jax.training.hooks import Guard, Late, Metrics, Profiler, Progress, duration
+from ldm_jax.parallel.mesh import MeshConfig, make_mesh
+from ldm_jax.training import Tick, TrainingError, fit
+from ldm_jax.training.hooks import (
+    EXPLODED,
+    RECENT,
+    Guard,
+    Late,
+    Metrics,
+    Profiler,
+    Progress,
+    duration,
+)
 from ldm_jax.training.loop import AHEAD
-from ldm_jax.training.saving import Save
+from ldm_jax.training.saving import Save, Saver
 
 
 def test_scalars_come_back_when_their_step_is_over_and_all_come_back_at_the_end():
@@ -53,11 +65,109 @@ def test_a_gradient_that_is_not_finite_stops_the_run_though_the_loss_is(tmp_path
             guard(tick)
 
 
+def judged(steps, **settings):
+    """The number of steps after which the guard stops a run with these losses; None if it does not."""
+    guard = Guard("nowhere", lambda: None, **settings)
+    guard._stop = lambda tick, fault: (_ for _ in ()).throw(TrainingError(tick.step))
+    try:
+        for step, loss in enumerate(steps, 1):
+            guard._judge([Tick(step, 0, 0, False, None, {"loss": float(loss)}, None)])
+    except TrainingError as stopped:
+        return stopped.args[0]
+
+
 def test_a_loss_that_explodes_stops_the_run_and_one_that_rises_does_not(tmp_path):
-    usual = [1.0, 2.0, 3.0] * 10
-    run_guard(tmp_path, [*usual, 19.0, 1.0], window=30)
-    with pytest.raises(TrainingError, match="rose to 21 from a median of 2"):
-        run_guard(tmp_path, [*usual, 21.0, 1.0], window=30)
+    usual = [1.0, 2.0, 3.0] * 20
+    assert judged([*usual, *[19.0] * EXPLODED, 1.0]) is None
+    assert judged([*usual, *[21.0] * (EXPLODED - 1), 1.0, 1.0]) is None
+    assert judged([*usual, *[21.0] * EXPLODED, 1.0]) == 60 + EXPLODED
+    assert judged([*usual, *[21.0] * EXPLODED, 1.0], factor=11.0) is None
+    with pytest.raises(
+        TrainingError, match=r"rose to 21 from a median of 2, and 12 of the last 16"
+    ):
+        run_guard(tmp_path, [*usual, *[21.0] * EXPLODED])
+
+
+# Losses of a batch of one example, healthy and as heavy-tailed as they come: a share of them exceeds 10 medians.
+HEAVY = {
+    # eps prediction, which at low noise cannot do better than 1, where a typical loss is 0.03
+    "eps": lambda random, size: np.where(
+        random.random(size) < 0.07, 1.0, random.gamma(2.0, 0.015, size)
+    ),
+    "log-normal": lambda random, size: random.lognormal(0.0, 1.5, size),
+    "Pareto without a mean": lambda random, size: 1 + random.pareto(1.0, size),
+}
+
+
+@pytest.mark.parametrize("draw", HEAVY.values(), ids=HEAVY)
+def test_heavy_tailed_losses_raise_no_alarm_and_their_explosion_does_within_tens_of_steps(draw):
+    random = np.random.default_rng(0)
+    healthy = draw(random, 10_000)
+    share = np.mean(healthy > 10 * np.median(healthy))
+    assert (
+        0.04 < share < 0.08
+    )  # a guard that judges each loss alone stops this run 400 times and more
+    assert math.comb(RECENT, EXPLODED) * share**EXPLODED < 2e-10  # a false alarm in 5e9 steps
+    assert judged(healthy) is None
+    for _ in range(20):
+        before = draw(random, 128)
+        for factor in (np.full(40, 9e4), np.geomspace(1, 6e4, 40)):  # at once, or from 0.7 to 45598
+            assert judged([*before, *draw(random, 40) * factor]) <= 128 + 40
+
+
+def test_false_alarms_are_as_frequent_as_independent_losses_make_them():
+    """Where each of 16 steps is high with a chance of 60%, as alarms can be counted there: the binomial's tail."""
+    random, runs = np.random.default_rng(0), 400
+    tail = (
+        math.comb(RECENT, n) * 0.6**n * 0.4 ** (RECENT - n) for n in range(EXPLODED, RECENT + 1)
+    )
+    chance = sum(tail)
+    assert chance < math.comb(RECENT, EXPLODED) * 0.6**EXPLODED  # the bound that the guard states
+    drawn = np.where(random.random((runs, RECENT)) < 0.6, 11.0, 1.0)
+    alarms = sum(judged(steps, losses=[1.0] * 112) is not None for steps in drawn)
+    assert alarms == pytest.approx(runs * chance, abs=4 * math.sqrt(runs * chance))
+
+
+def test_a_run_that_continues_is_guarded_from_its_first_step(tmp_path):
+    """As one that was not stopped: its checkpoint holds the losses; on other devices too."""
+    run = toy.Run(tmp_path)
+    guard = Guard(tmp_path, run.checkpoints.latest)
+    run.go(400, [guard, Save(Saver(run.checkpoints, guard), 40)])
+    meshes = [None, make_mesh(MeshConfig(data=2), jax.devices()[:2])]
+    for mesh in meshes:
+        again = toy.Run(tmp_path, mesh)
+        losses = again.checkpoints.losses(400)
+        assert losses == list(guard.losses) and len(losses) == 50
+        assert judged([1e4] * 40, losses=losses) == EXPLODED
+        assert judged([1e4] * 40) is None
+    assert again.checkpoints.losses(0) == []
+
+
+@pytest.mark.parametrize("period", [8, 40])
+def test_an_explosion_replaces_no_checkpoint(tmp_path, period):
+    """Resumed on data that is 300 times too large: after the stop the newest checkpoints are from before."""
+    run = toy.Run(tmp_path, keep=2)
+    guard = Guard(tmp_path, run.checkpoints.latest)
+    run.go(400, [guard, Save(Saver(run.checkpoints, guard), 40)])
+
+    def too_large():
+        for batch in toy.batches(400):
+            yield batch._replace(latents=300 * batch.latents)
+
+    guard = Guard(tmp_path, run.checkpoints.latest, losses=run.checkpoints.losses(400))
+    hooks = [guard, Save(Saver(run.checkpoints, guard), period)]
+    with pytest.raises(TrainingError, match="last good checkpoint: of 400 examples"):
+        fit(run.step, run.state(), too_large(), until=4000, hooks=hooks)
+    assert sorted(int(path.name) for path in run.checkpoints.directory.iterdir()) == [360, 400]
+
+
+def test_a_run_that_ends_in_doubt_is_saved_beside_the_older_checkpoints(tmp_path):
+    run = toy.Run(tmp_path, keep=1)
+    guard = Guard(tmp_path, run.checkpoints.latest)
+    run.go(400, [guard, Save(Saver(run.checkpoints, guard), 400)])
+    doubtful = Guard(tmp_path, run.checkpoints.latest, losses=[1.0] * 100 + [100.0])
+    Saver(run.checkpoints, doubtful).save(run.state()._replace(examples=jnp.uint32(408)), wait=True)
+    assert sorted(int(path.name) for path in run.checkpoints.directory.iterdir()) == [400, 408]
 
 
 def test_the_first_losses_may_fall_steeply(tmp_path):
@@ -69,7 +179,7 @@ def test_a_run_that_meets_nan_keeps_only_checkpoints_from_before(tmp_path, poiso
     """The batch that ends at `poisoned` examples is bad; the period of the saves is 40."""
     run = toy.Run(tmp_path)
     guard = Guard(tmp_path, run.checkpoints.latest)
-    save = Save(run.checkpoints, 40, settle=(guard.settle,))
+    save = Save(Saver(run.checkpoints, guard), 40)
 
     def source():
         for batch in toy.batches(0):

@@ -22,7 +22,7 @@ from ldm_jax.training import (
     prefetch,
 )
 from ldm_jax.training.checkpoints import Checkpoints
-from ldm_jax.training.saving import Save
+from ldm_jax.training.saving import Save, Saver
 from ldm_jax.types import Batch
 
 WIDTH = 8
@@ -100,7 +100,7 @@ class Run:
     def go(self, until, hooks=None):
         state = self.state()
         source = prefetch(batches(int(state.examples), pause=self.pause), self.mesh)
-        hooks = [Save(self.checkpoints, self.period)] if hooks is None else hooks
+        hooks = [Save(Saver(self.checkpoints), self.period)] if hooks is None else hooks
         return fit(self.step, state, source, until=until, hooks=hooks)
 
 
