@@ -11,7 +11,6 @@ import pytest
 
 from ldm_jax import plan
 from ldm_jax.models.sizes import SIZES
-from ldm_jax.parallel import make_mesh
 from ldm_jax.planning import programs
 from ldm_jax.runs.config import RunConfig
 from ldm_jax.settings.command_line import UsageError, parse
@@ -129,7 +128,7 @@ def test_encoding_is_planned_by_its_own_batch():
     """Operations are those that torch's FlopCounterMode finds in diffusers' AutoencoderKL, and attention's."""
     words = (*SMALL, "--config.data.size=64", "--config.data.encode_batch=16")
     config = parse(words, RunConfig, in_workdir=False).config
-    program = programs.encoding(config, make_mesh(config.mesh))
+    program = programs.encoding(programs.Planned(config))
     attention = 2 * 2 * 64 * 64 * 512
     assert program.flops == 16 * (16_910_917_632 + attention)
     assert program.arguments["images"].shape == (16, 64, 64, 3) and program.images == 16

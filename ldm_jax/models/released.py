@@ -26,10 +26,10 @@ _CLIP_G = CLIPTextConfig(
 )
 _T5_XXL = T5Config(d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64)
 
-# By the width of the text that a backbone reads: the pipeline, and its text encoders.
+# By name: the text encoders.
 TEXT = {
-    768: ("Stable Diffusion 1.5", (_CLIP_L,)),
-    1024: ("Stable Diffusion 2.1", (_CLIP_H,)),
-    2048: ("SDXL", (_CLIP_L, _CLIP_G)),
-    4096: ("PixArt", (_T5_XXL,)),
+    "Stable Diffusion 1.5": (_CLIP_L,),
+    "Stable Diffusion 2.1": (_CLIP_H,),
+    "SDXL": (_CLIP_L, _CLIP_G),
+    "PixArt": (_T5_XXL,),
 }

@@ -23,12 +23,11 @@ from ldm_jax.models.text import Text
 from ldm_jax.models.unet_config import UNetConfig
 from ldm_jax.parallel import MeshConfig
 from ldm_jax.runs.config import RunConfig
-from ldm_jax.runs.pretrained import pretrained_directory
+from ldm_jax.runs.pretrained import INDEX, pretrained_directory
 from ldm_jax.runs.run import Run
 from ldm_jax.settings.schema import CONFIG_FILE, from_json
 from ldm_jax.types import Params
 
-INDEX = "model_index.json"
 FROZEN = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
 NETWORKS = ("unet", "transformer", "vae", "text_encoder", "text_encoder_2")
 UNET = ["diffusers", "UNet2DConditionModel"]

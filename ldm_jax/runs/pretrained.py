@@ -11,13 +11,14 @@ import jax
 from jax.sharding import Mesh
 
 from ldm_jax.evals.networks import SCORING, ScoringNetwork
-from ldm_jax.models import weights
+from ldm_jax.models import Backbone, weights
 from ldm_jax.models.axes import TABLE
 from ldm_jax.models.clip import CLIPTextConfig
+from ldm_jax.models.json_files import naming, read_json
 from ldm_jax.models.networks import described, make_network
 from ldm_jax.models.released import AUTOENCODER, TEXT
 from ldm_jax.models.t5 import T5Config
-from ldm_jax.models.text import T5_LENGTH, Ids, Text
+from ldm_jax.models.text import ENCODERS, Ids, Text, recipe_of
 from ldm_jax.models.tiling import decode_tiled
 from ldm_jax.models.tokenizer import Tokenizer
 from ldm_jax.parallel import shardings
@@ -34,6 +35,7 @@ class Network(NamedTuple):
     tokenizer: Tokenizer | None = None
 
 
+INDEX = "model_index.json"  # of a pipeline's directory: its class, and those of its parts
 ScoringNetworks = Mapping[str, Network]  # by name, rows of `SCORING`
 
 
@@ -137,31 +139,41 @@ def _loader(config: RunConfig, mesh: Mesh) -> Callable[..., Network]:
 def abstract_pretrained(config: RunConfig, mesh: Mesh) -> tuple[Pretrained, str]:
     """As `load_pretrained`, of shapes alone, with all that training and sampling need; and where the shapes are from.
 
-    Of a directory the files config.json are enough. The embedded networks stand for none: where the backbone reads
-    another width of text than theirs, the networks are those of the released pipeline that has it.
+    Of a directory the files config.json are enough. The embedded networks stand for none: where the backbone does not
+    fit them, the networks are those of the released pipeline that it fits.
 
     Raises:
-      FileNotFoundError, ValueError: as `load_pretrained`; or no released pipeline has this width of text.
+      FileNotFoundError, ValueError: as `load_pretrained`.
     """
-    directory, released = pretrained_directory(config), TEXT.get(config.backbone.text_width)
-    autoencoder, texts = AUTOENCODER, ()
-    if config.pretrained != EMBEDDED or released is None:
-        origin = str(config.pretrained)
-        autoencoder = described(directory / "vae")[1]
-        parts = (directory / f"text_encoder{number}" for number in ("", "_2"))
-        texts = [described(part)[1] for part in parts if part.is_dir()]
-    else:
-        origin, texts = released
+    directory, origin = pretrained_directory(config), config.pretrained
+    autoencoder, texts = _described(directory)
+    if config.pretrained == EMBEDDED and (released := _released(config.backbone, texts)):
+        origin, autoencoder, texts = released, AUTOENCODER, TEXT[released]
     texts = [dataclasses.replace(text, dtype=config.text_precision) for text in texts]
     place = functools.partial(shardings, table=TABLE, rules=config.mesh.pairs, mesh=mesh)
     vae = _abstract(autoencoder, "float32", place)
     networks = [_abstract(text, config.text_precision, place) for text in texts]
-    ids = tuple(
-        Ids(T5_LENGTH) if isinstance(text, T5Config) else Ids(text.max_position_embeddings)
-        for text in texts
-    )
-    text, params = _as_one(ids, networks, config)
+    ids = [Ids(ENCODERS[type(text)].length(text)) for text in texts]
+    text, params = _as_one(directory, ids, networks, config)
     return Pretrained(vae, text, params, {}, config.sampling.tile), origin
+
+
+def _described(directory: Path) -> tuple[Any, list[Any]]:
+    """Reads the configs of the autoencoder and of the text encoders of a directory."""
+    parts = (directory / f"text_encoder{number}" for number in ("", "_2"))
+    return described(directory / "vae")[1], [described(p)[1] for p in parts if p.is_dir()]
+
+
+def _released(backbone: Backbone, texts: Sequence[Any]) -> str | None:
+    """Names the released pipeline that a backbone fits and these text encoders do not; None where there is none."""
+    if _width(texts) == backbone.text_width:
+        return None
+    fitting = (name for name, own in TEXT.items() if _width(own) == backbone.text_width)
+    return next(fitting, None)
+
+
+def _width(texts: Sequence[Any]) -> int:
+    return sum(ENCODERS[type(text)].width(text) for text in texts)
 
 
 def _abstract(config: Any, dtype: str, place: Callable[[Params], Any]) -> Network:
@@ -184,23 +196,28 @@ def _load_text(
         if number and not path.is_dir():
             continue
         network = load(path, config.text_precision)
-        if isinstance(network.config, T5Config):
-            length = {"max_length": T5_LENGTH}
-        else:
-            length = {"positions": network.config.max_position_embeddings}
+        kind = ENCODERS[type(network.config)]
+        length = {"max_length" if kind.fixed else "positions": kind.length(network.config)}
         tokenizer = Tokenizer.from_directory(directory / f"tokenizer{number}", **length)
         _check_tokenizer(directory, tokenizer, network.config)
         networks.append(network)
         tokenizers.append(tokenizer)
-    return _as_one(tokenizers, networks, config)
+    return _as_one(directory, tokenizers, networks, config)
 
 
 def _as_one(
-    tokenizers: Sequence[Tokenizer | Ids], networks: Sequence[Network], config: RunConfig
+    directory: Path,
+    tokenizers: Sequence[Tokenizer | Ids],
+    networks: Sequence[Network],
+    config: RunConfig,
 ) -> tuple[Text, tuple[Params, ...]]:
-    """Joins text encoders and their tokenizers; returns their parameters beside them."""
+    """Joins text encoders by the recipe of the directory's model_index.json; returns their parameters, too."""
     configs, applies = [each.config for each in networks], [each.apply for each in networks]
-    text = Text(tuple(tokenizers), tuple(configs), tuple(applies), config.data.size)
+    index = directory / INDEX
+    pipeline = read_json(index).get("_class_name") if index.is_file() else None
+    with naming(index if pipeline else directory):
+        recipe = recipe_of(configs, pipeline)
+    text = Text(recipe, tuple(tokenizers), tuple(configs), tuple(applies), config.data.size)
     return text, tuple(network.params for network in networks)
 
 
