@@ -59,7 +59,9 @@ from ldm_jax.runs.config import RunConfig, SamplingConfig
 from ldm_jax.runs.pretrained import Pretrained, load_pretrained, load_scoring
 from ldm_jax.runs.scoring import Scoring, identity, make_reference, make_scoring
 from ldm_jax.settings.command_line import UsageError, run_command
-from ldm_jax.settings.schema import to_json
+from ldm_jax.settings.fields import IMAGES, PARAMETERS
+from ldm_jax.settings.ranges import check_seed
+from ldm_jax.settings.schema import decisive, to_json
 from ldm_jax.types import Params, Pixels
 
 PAGE = "evaluation.html"
@@ -214,11 +216,9 @@ def open_model(config: RunConfig, workdir: epath.Path, mesh: Mesh) -> Opened:
 
 def identity_of(config: RunConfig, params: Params, pretrained: Pretrained) -> dict[str, Any]:
     """What decides a model's images, beside how they are sampled: a digest of all weights and of how they are used."""
-    settings = json.loads(to_json(config))
-    used = {
-        name: settings[name] for name in ("prediction", "schedule", "backbone", "text_precision")
-    }
-    facts = used | {"size": config.data.size, "precision": config.train.precision}
+    facts, trained = decisive(config, IMAGES), decisive(config, PARAMETERS)
+    facts = {path: value for path, value in facts.items() if path in trained}
+    del facts["pretrained"]  # the networks count, and not where they lie
     frozen = (pretrained.autoencoder.params, pretrained.text_params)
     prints = [weights.fingerprint(each) for each in (params, *frozen)]
     text = json.dumps([facts, prints], sort_keys=True)
@@ -376,10 +376,10 @@ def _list(kind: type) -> Callable[[str], list[Any]]:
 
 
 def _seeds(text: str) -> list[int]:
-    seeds = _list(int)(text)
-    if wrong := [seed for seed in seeds if not 0 <= seed < 2**31]:
-        raise argparse.ArgumentTypeError(f"a seed is from 0 to 2147483647, and not {wrong[0]}")
-    return seeds
+    try:
+        return [check_seed(seed, "a seed") for seed in _list(int)(text)]
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(error) from error
 
 
 def _names(text: str) -> list[str]:

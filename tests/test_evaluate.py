@@ -253,7 +253,7 @@ def test_a_network_of_another_kind_is_refused(folder, config, tmp_path):
         (["--images=folder:x", "--steps=3"], "--steps is for a model's images"),
         (["--truth=folder:x"], "--truth goes with --images"),
         (["--steps=3,x"], "'3,x' is no list of whole numbers"),
-        (["--seeds=0,-1"], "a seed is from 0 to 2147483647, and not -1"),
+        (["--seeds=0,-1"], "a seed is -1; it is from 0 to 4294967295"),
         (["--images=folder:x", "--keep"], "--keep is for a model's images"),
         (["--samplers=ddim,best"], "there is no sampler 'best'"),
     ],

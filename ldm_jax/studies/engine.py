@@ -28,13 +28,14 @@ from ldm_jax.files.durable import alone_in
 from ldm_jax.files.ledger import append_record, commit, read_records
 from ldm_jax.parallel import distributed, make_mesh
 from ldm_jax.runs import build
+from ldm_jax.settings.fields import PARAMETERS
+from ldm_jax.settings.schema import decisive
 from ldm_jax.studies.records import SamplingRecord
 from ldm_jax.studies.sampling import (
     Model,
     SamplingStudy,
     Way,
     count_cells,
-    decisive,
     digest_of,
     models,
 )
@@ -42,7 +43,6 @@ from ldm_jax.training import Stopwatch
 from ldm_jax.training.record import RunRecord
 
 LEDGER = "records.jsonl"
-EVALUATION = ("eval.", "sampling.")  # settings that decide nothing of a model
 _log = logging.getLogger(__name__)
 
 
@@ -92,9 +92,8 @@ def placed(model: Model, workdir: epath.Path) -> Model:
 
 def home(model: Model, workdir: epath.Path) -> epath.Path:
     """Where a model is trained and sampled: a directory of its own for everything that decides its parameters."""
-    settings = decisive(model.config).items()
-    trained = {path: value for path, value in settings if not path.startswith(EVALUATION)}
-    return workdir / "models" / f"{model.name}-{digest_of(trained)[:8]}"
+    digest = digest_of(decisive(model.config, PARAMETERS))
+    return workdir / "models" / f"{model.name}-{digest[:8]}"
 
 
 def trained(model: Model, directory: epath.Path) -> None:

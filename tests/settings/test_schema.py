@@ -7,13 +7,12 @@ import math
 import pytest
 from ml_collections import config_dict
 
+from ldm_jax.settings.fields import choice, one_of
 from ldm_jax.settings.schema import (
-    choice,
     config_difference,
     conform,
     from_config_dict,
     from_json,
-    one_of,
     settings,
     to_config_dict,
     to_json,
