@@ -55,11 +55,12 @@ from ldm_jax.nn.functional import Functional
 from ldm_jax.pages.evaluation import evaluation_page
 from ldm_jax.parallel import distributed, make_mesh
 from ldm_jax.runs import build
-from ldm_jax.runs.config import RunConfig, SamplingConfig
+from ldm_jax.runs.config import RunConfig, SamplingConfig, absolute_location
 from ldm_jax.runs.pretrained import Pretrained, load_pretrained, load_scoring
 from ldm_jax.runs.scoring import Scoring, identity, make_reference, make_scoring
-from ldm_jax.settings.command_line import UsageError, run_command
+from ldm_jax.settings.command_line import UsageError, in_words, run_command
 from ldm_jax.settings.fields import IMAGES, PARAMETERS
+from ldm_jax.settings.paths import home_path
 from ldm_jax.settings.ranges import check_seed
 from ldm_jax.settings.schema import decisive, to_json
 from ldm_jax.types import Params, Pixels
@@ -79,15 +80,15 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     text = "seeds of the noise, an image a prompt of each (default 0)"
     parser.add_argument("--seeds", type=_seeds, metavar="N,M", help=text)
     text = "look at these images, not at a model's: folder:PATH or another source, with captions as prompts"
-    parser.add_argument("--images", metavar="SOURCE", help=text)
+    parser.add_argument("--images", type=in_words(absolute_location), metavar="SOURCE", help=text)
     text = "with --images: those that they should be, in the same order"
-    parser.add_argument("--truth", metavar="SOURCE", help=text)
+    parser.add_argument("--truth", type=in_words(absolute_location), metavar="SOURCE", help=text)
     text = "an evaluation to test against: its directory, RUN/evaluated/NAME"
-    parser.add_argument("--against", metavar="DIRECTORY", help=text)
+    parser.add_argument("--against", type=in_words(home_path), metavar="DIRECTORY", help=text)
     text = (
         "evaluations of runs of other seeds: the mean of all, whose interval holds for other seeds"
     )
-    parser.add_argument("--over", type=lambda x: x.split(","), metavar="DIRECTORY,...", help=text)
+    parser.add_argument("--over", type=_directories, metavar="DIRECTORY,...", help=text)
     text = "write every image into its evaluation's directory, with its prompt in metadata.jsonl"
     parser.add_argument("--keep", action="store_true", help=text)
 
@@ -375,11 +376,14 @@ def _list(kind: type) -> Callable[[str], list[Any]]:
     return parse
 
 
+@in_words
 def _seeds(text: str) -> list[int]:
-    try:
-        return [check_seed(seed, "a seed") for seed in _list(int)(text)]
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(error) from error
+    return [check_seed(seed, "a seed") for seed in _list(int)(text)]
+
+
+@in_words
+def _directories(text: str) -> list[str]:
+    return [home_path(part) for part in text.split(",")]
 
 
 def _names(text: str) -> list[str]:

@@ -13,11 +13,12 @@ from PIL import Image
 from ldm_jax import evaluate, reference
 from ldm_jax.data import open_source
 from ldm_jax.data.scenes import render
+from ldm_jax.diffusion import Cosine
 from ldm_jax.evals.cells import Cell
 from ldm_jax.evals.prompts import read_prompts
 from ldm_jax.evals.references import Reference
 from ldm_jax.parallel import MeshConfig, make_mesh
-from ldm_jax.runs.pretrained import load_scoring
+from ldm_jax.runs.pretrained import Network, Pretrained, load_scoring
 from ldm_jax.runs.scoring import make_reference, make_scoring
 from ldm_jax.settings.command_line import UsageError, parse
 from ldm_jax.types import Estimate
@@ -192,7 +193,7 @@ def test_bad_input_is_refused_in_a_sentence_and_leaves_nothing(folder, config, t
         (refused(config, metrics=("fid",)), [images], "needs the network inception"),
         (refused(config, metrics=("kid_clip",), reference=None), [images], "eval.reference"),
         (refused(config, reference="absent.npz"), [images], "absent.npz"),
-        (refused(config, inception="absent"), [images], "eval.inception is 'absent'"),
+        (refused(config, inception="absent"), [images], "eval.inception is '.*absent'"),
         (config, [images, "--truth=scenes:simple?count=4"], "--truth has 4 images"),
     ]
     for given, words, said in cases:
@@ -279,3 +280,30 @@ def test_a_reference_of_the_same_images_made_within_the_run_is_the_same(config, 
     np.testing.assert_array_equal(
         again.features["clip"]["image"], Reference.read(kept).features["clip"]["image"]
     )
+
+
+def test_a_model_is_another_one_where_a_setting_decides_its_images_and_not_where_it_is_only_computed_otherwise():
+    def identity(**changes):
+        config = dataclasses.replace(tiny.TINY, **changes)
+        network = Network(None, max, {"kernel": np.ones(3)})
+        frozen = Pretrained(network, None, ({"kernel": np.ones(2)},), {}, None, 0)
+        return evaluate.identity_of(config, {"kernel": np.ones(4)}, frozen)["identity"]
+
+    backbone, train = tiny.TINY.backbone, tiny.TINY.train
+    same = [
+        {"backbone": dataclasses.replace(backbone, remat="full")},
+        {"backbone": dataclasses.replace(backbone, dtype="bfloat16")},
+        {"train": dataclasses.replace(train, explosion=30.0, keep=9, accumulate=2)},
+        {"pretrained": "/elsewhere"},
+        {"mesh": MeshConfig(fsdp=2)},
+    ]
+    others = [
+        {"backbone": dataclasses.replace(backbone, num_groups=2)},
+        {"train": dataclasses.replace(train, precision="bfloat16")},
+        {"prediction": "eps"},
+        {"schedule": Cosine()},
+        {"text_precision": "bfloat16"},
+        {"data": dataclasses.replace(tiny.TINY.data, size=128)},
+    ]
+    assert {identity(**changes) for changes in same} == {identity()}
+    assert len({identity(), *(identity(**changes) for changes in others)}) == 1 + len(others)

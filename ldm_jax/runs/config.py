@@ -73,8 +73,11 @@ def _pretrained(text: str) -> str:
     return text if text == EMBEDDED else absolute_path(text)
 
 
-def _location(text: str) -> str:
-    """A source, a prompt set or a file of features, from any directory: its path is absolute, where it has one."""
+def absolute_location(text: str) -> str:
+    """A source, a prompt set or a file of features, from any directory: its path is absolute, where it has one.
+
+    Raises ValueError as `absolute_path`.
+    """
     name, colon, rest = text.partition(":")
     if colon and name in (*ON_DISK, *PROMPT_SETS):
         path, options = re.fullmatch(r"(.*?)(\?\w+=.*)?", rest, re.DOTALL).groups(default="")
@@ -87,9 +90,9 @@ class DataConfig:
     """Images and captions, and the latents made of them."""
 
     # folder:PATH, tfds:NAME, tars:GLOB or scenes:PRESET, with ?option=value&...
-    source: str = setting("scenes:simple", path=_location)
+    source: str = setting("scenes:simple", path=absolute_location)
     # source of the validation loss; none: the first training records
-    validation: str | None = setting(None, path=_location, decides=(IMAGES, SCORES))
+    validation: str | None = setting(None, path=absolute_location, decides=(IMAGES, SCORES))
     # directory of the latents; none: WORKDIR/latents
     records: str | None = setting(None, path=absolute_path, decides=NOTHING)
     # side of the images in pixels
@@ -178,7 +181,9 @@ class EvalConfig:
     # examples between evaluations
     every: int = setting(100_000, within="[1, inf)", decides=NOTHING)
     # scenes:PRESET?count=64, captions:64 (of the data), or file:PATH, coco:PATH, parti:PATH, tifa:PATH
-    prompts: str = setting("scenes:simple?count=64", path=_location, decides=(IMAGES, SCORES))
+    prompts: str = setting(
+        "scenes:simple?count=64", path=absolute_location, decides=(IMAGES, SCORES)
+    )
     weights: str = one_of(WEIGHTS, "ema", decides=IMAGES)  # which parameters are evaluated
     shown: int = setting(16, within="[1, inf)", decides=NOTHING)  # images in the grid
     validation: int = setting(256, within="[0, inf)")  # records of the validation loss; 0: none
@@ -188,7 +193,7 @@ class EvalConfig:
     )
     metrics: tuple[str, ...] = one_of(METRICS, ())  # names of scores; none: all that can be had
     # images that scores of sets are compared with: a source as data.source, or what ldm_jax.reference wrote (.npz)
-    reference: str | None = setting(None, path=_location)
+    reference: str | None = setting(None, path=absolute_location)
     # directory of the network that scores; none: that of its name beside the pretrained models
     clip: str | None = setting(None, path=absolute_path)
     inception: str | None = setting(None, path=absolute_path)  # as clip: FID's Inception-v3
@@ -232,10 +237,8 @@ class RunConfig:
         check_fields(self)
 
 
+LENGTH = "train.examples"  # a run may be made longer
 CHECKPOINTS = "checkpoints"  # the directory of a run that says that its training has begun
-
-
-LENGTH = "train.examples"
 
 
 def claim(config: RunConfig, workdir: epath.PathLike, *, write: bool = True) -> None:

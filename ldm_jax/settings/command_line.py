@@ -8,6 +8,7 @@ said in one line on standard error, with exit code 2 for the command line and 1 
 
 import argparse
 import contextlib
+import functools
 import importlib.util
 import inspect
 import logging
@@ -21,7 +22,7 @@ from collections.abc import Callable, Iterator, Sequence
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 from etils import epath
 from ml_collections import config_dict
@@ -37,6 +38,7 @@ _MISSING_KEY = re.compile(r"^(Key \W)?(?P<key>\w+)(\W does not exist|$)")
 _NEAREST_KEY = re.compile(r"Did you mean \W(\w+)")
 USER_ERRORS = (ValueError, OSError, FloatingPointError)
 
+Value = TypeVar("Value")
 AddFlags = Callable[[argparse.ArgumentParser], None]
 
 
@@ -141,14 +143,25 @@ def load_config(reference: str) -> config_dict.ConfigDict:
     return config
 
 
+def in_words(read: Callable[[str], Value]) -> Callable[[str], Value]:
+    """A type of flags for argparse, which shows what a ValueError of `read` says."""
+
+    @functools.wraps(read)
+    def typed(text: str) -> Value:
+        try:
+            return read(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(error) from error
+
+    return typed
+
+
+@in_words
 def any_path(text: str) -> epath.Path:
-    """A flag's path, on a disk or in a bucket; argparse makes a sentence of what this raises."""
+    """A flag's path, on a disk or in a bucket."""
     if "://" in text and not text.startswith("gs://"):
-        raise argparse.ArgumentTypeError(f"{text!r} is neither on a disk nor gs://BUCKET/...")
-    try:
-        return epath.Path(home_path(text))
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(error) from error
+        raise ValueError(f"{text!r} is neither on a disk nor gs://BUCKET/...")
+    return epath.Path(home_path(text))
 
 
 class _Parser(argparse.ArgumentParser):
