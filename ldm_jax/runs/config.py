@@ -58,8 +58,8 @@ from ldm_jax.settings.schema import (
     config_difference,
     deciding,
     from_json,
-    settings,
     to_json,
+    values,
     with_absolute_paths,
 )
 from ldm_jax.training.optimizer import OptimizerConfig
@@ -67,6 +67,7 @@ from ldm_jax.training.optimizer import OptimizerConfig
 COUNTED = 4294967295  # examples; a state counts them in 32 bits
 EMBEDDED = "embedded"
 WEIGHTS = ("ema", "raw")
+_DATA_DIR = re.compile(r"(?<=[?&]data_dir=)[^&]+")  # where TensorFlow's datasets are
 
 
 def _pretrained(text: str) -> str:
@@ -82,6 +83,8 @@ def absolute_location(text: str) -> str:
     if colon and name in (*ON_DISK, *PROMPT_SETS):
         path, options = re.fullmatch(r"(.*?)(\?\w+=.*)?", rest, re.DOTALL).groups(default="")
         return f"{name}:{absolute_path(path)}{options}" if path else text
+    if name == "tfds":
+        return _DATA_DIR.sub(lambda found: absolute_path(found[0]), text)
     return absolute_path(text) if text.endswith(".npz") else text
 
 
@@ -267,7 +270,7 @@ def _check_same(before: RunConfig, config: RunConfig, workdir: epath.Path) -> No
     fixed = deciding(RunConfig, PARAMETERS, IMAGES) - {LENGTH}
     found = config_difference(to_json(before), to_json(config))
     if differences := [str(difference) for difference in found if difference.path in fixed]:
-        free = [setting.path for setting in settings(RunConfig) if setting.path not in fixed]
+        free = [path for path in values(config) if path not in fixed]
         raise ValueError(
             f"{workdir} holds another run: {'; '.join(differences)}. Give the values it was begun with, or another "
             f"--workdir (only {', '.join(free)} may change)"

@@ -69,7 +69,7 @@ def check_fields(config: Any) -> None:
 
 def check_value(value: Any, metadata: Mapping[str, Any], path: str) -> None:
     """Raises ValueError for a value outside of what a field's metadata state; the sentence begins with the path."""
-    if isinstance(value, tuple):
+    if isinstance(value, tuple | list):
         if "count" in metadata:
             what = f"{path} is {shown(value)}; its number of values"
             check_number(len(value), metadata["count"], what)

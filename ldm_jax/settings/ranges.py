@@ -7,7 +7,9 @@ everything else has to fit into float32, in which all is computed. NaN is in no 
 import dataclasses
 import functools
 import math
+import numbers
 import re
+from typing import Any
 
 FLOAT32 = 3.4028234663852886e38  # the largest number that it holds
 FINITE = "(-inf, inf)"
@@ -71,11 +73,13 @@ def words(text: str) -> str:
     return " or ".join(map(str, intervals(text)))
 
 
-def check_number(number: int | float, text: str, what: str) -> None:
+def check_number(number: Any, text: str, what: str) -> None:
     """Raises ValueError for a number outside of a range; the sentence says `what` it is and what is allowed."""
+    allowed = words(text)
+    if not isinstance(number, numbers.Real):
+        raise ValueError(f"{what} is {shown(number)}; it is a number, {allowed}")
     if any(number in part for part in intervals(text)):
         return
-    allowed = words(text)
     if abs(number) > FLOAT32:
         allowed += f", and no larger than float32 holds ({FLOAT32:.1e})"
     raise ValueError(f"{what} is {shown(number)}; it is {allowed}")

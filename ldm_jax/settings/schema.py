@@ -111,10 +111,15 @@ def deciding(cls: type, *what: str) -> frozenset[str]:
     )
 
 
+def values(config: Any) -> dict[str, Any]:
+    """The values of a config's settings by dotted path, as JSON has them; of chosen rows alone."""
+    return dict(_leaves(json.loads(to_json(config))))
+
+
 def decisive(config: Any, *what: str) -> dict[str, Any]:
-    """The values, as JSON has them, of the settings that decide any of `what`, by dotted path; of chosen rows alone."""
-    values, paths = json.loads(to_json(config)), deciding(type(config), *what)
-    return {path: value for path, value in _leaves(values) if path in paths}
+    """Those `values` of a config that decide any of `what`."""
+    paths = deciding(type(config), *what)
+    return {path: value for path, value in values(config).items() if path in paths}
 
 
 def with_absolute_paths(config: Config, path: str = "config") -> Config:
@@ -164,13 +169,13 @@ def from_config_dict(config: Any, cls: type[Config], path: str = "config") -> Co
     for key in config:
         if key not in fields:
             raise ValueError(no_such_key(path, key, fields))
-    values = {
+    given = {
         name: _from_entry(config[name], field, kind, f"{path}.{name}")
         for name, (field, kind) in fields.items()
         if name in config
     }
     try:
-        return cls(**values)
+        return cls(**given)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 

@@ -66,7 +66,7 @@ class SamplingStudy:
         if not all(map(math.isfinite, self.guidance)):
             raise ValueError(f"guidance of the study is {self.guidance}; its scales are finite")
         for seed in self.seeds:
-            check_seed(seed, "a seed of the study")
+            check_seed(seed, "one of the seeds of the study")
         self._check_models()
         self._check_others()
 

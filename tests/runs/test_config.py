@@ -17,6 +17,7 @@ from ldm_jax.runs.config import (
     RunConfig,
     SamplingConfig,
     TrainConfig,
+    absolute_location,
     claim,
 )
 from ldm_jax.settings.command_line import load_config, parse
@@ -371,6 +372,25 @@ def test_paths_of_the_command_line_mean_the_same_from_any_directory(tmp_path, mo
     }
     assert str(flags.workdir) == "/home/me/run"
     assert with_absolute_paths(flags.config) == flags.config
+
+
+@pytest.mark.parametrize(
+    ("text", "absolute"),
+    [
+        ("tfds:coco?data_dir=sets&split=train", "tfds:coco?data_dir=/here/sets&split=train"),
+        ("folder:../photos/", "folder:/photos"),
+        ("folder:/photos", "folder:/photos"),
+        ("folder:~/photos", "folder:/home/me/photos"),
+        ("tars:?x=1", "tars:?x=1"),
+        ("coco:a:b.json", "coco:/here/a:b.json"),
+        ("photos", "photos"),
+        ("gs://bucket/set.npz", "gs://bucket/set.npz"),
+    ],
+)
+def test_a_location_is_the_same_place_from_any_directory(monkeypatch, text, absolute):
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setattr("os.getcwd", lambda: "/here")
+    assert absolute_location(text) == absolute
 
 
 def test_what_is_no_path_stays_as_it_is():

@@ -45,6 +45,11 @@ def test_a_number_outside_is_answered_with_what_is_allowed():
         check_number(10**5000, "[0, inf)", "rate")
 
 
+def test_what_is_no_number_is_refused_as_such():
+    with pytest.raises(ValueError, match=r"^rate is '3'; it is a number, at least 0$"):
+        check_number("3", "[0, inf)", "rate")
+
+
 def test_what_is_no_notation_is_refused():
     with pytest.raises(ValueError, match="could not convert"):
         words("1 to 2")
