@@ -29,9 +29,9 @@ from ml_collections import config_dict
 
 from ldm_jax.settings import fields, schema
 from ldm_jax.settings.paths import home_path
+from ldm_jax.settings.reading import read_value
 from ldm_jax.settings.schema import CONFIG_FILE, Setting
 from ldm_jax.settings.suggestions import same_name, unknown_setting
-from ldm_jax.settings.values import read_value
 
 HELP_COLUMN = 46
 _MISSING_KEY = re.compile(r"^(Key \W)?(?P<key>\w+)(\W does not exist|$)")

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from ldm_jax.settings.values import read_value
+from ldm_jax.settings.reading import read_value
 
 Ints, Floats, Words, Pair = tuple[int, ...], tuple[float, ...], tuple[str, ...], tuple[float, float]
 
