@@ -10,7 +10,6 @@ import argparse
 
 import jax
 
-from ldm_jax.parallel import make_mesh
 from ldm_jax.parallel.chips import chip
 from ldm_jax.planning import programs
 from ldm_jax.planning.aot import topology
@@ -28,7 +27,7 @@ SMALL = (
     *(f"{UNET}.num_res_blocks=1", f"{UNET}.remat=dots"),
 )
 FSDP = "--config.mesh.fsdp=16"
-# Name, slice and how many of them, flags. The numbers of `parallel.roofline` are fitted to the first three.
+# Name, slice and how many of them, flags. The numbers of `planning.roofline` are fitted to the first three.
 PROGRAMS = {
     "pixart-v5p": ("v5p:2x2x1", 1, (*PIXART, "--config.train.batch=64")),
     "unet-v5e": ("v5e:16x16", 1, SMALL),
@@ -58,7 +57,7 @@ def main():
         slice_, slices, words = PROGRAMS[name]
         config = parse(words, RunConfig, in_workdir=False).config
         devices = topology(slice_, slices)
-        program = programs.training(config, make_mesh(config.mesh, devices))
+        program = programs.training(programs.Planned(config, devices=devices))
         text = programs.lowered(program).compile().as_text()
         whole, early = (
             kinds(text, devices),

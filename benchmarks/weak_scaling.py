@@ -11,7 +11,6 @@ import dataclasses
 
 import jax
 
-from ldm_jax.parallel import make_mesh
 from ldm_jax.planning import programs
 from ldm_jax.planning.aot import topology
 from ldm_jax.runs.config import RunConfig
@@ -37,8 +36,8 @@ def main(flags):
         devices = topology(name)
         train = dataclasses.replace(flags.config.train, batch=flags.rows * len(devices))
         config = dataclasses.replace(flags.config, train=train)
-        mesh = make_mesh(config.mesh, devices)
-        cost = programs.compiled(programs.training(config, mesh)).cost
+        run = programs.Planned(config, devices=devices)
+        cost = programs.compiled(programs.training(run)).cost
         first = first or cost.seconds
         sent = sum(each.times * each.ici_bytes for each in cost.collectives) / 1e6
         print(

@@ -8,66 +8,17 @@ to WORKDIR, where the other commands find it. Killed at any moment, the same com
 """
 
 import argparse
-import functools
 
-import jax
-
-from ldm_jax.data import open_source
-from ldm_jax.data.encoding import Limits, TextEncoder, encode
-from ldm_jax.data.latents import Manifest
-from ldm_jax.models import weights
-from ldm_jax.parallel import jit, make_mesh, put_same
-from ldm_jax.runs import build
-from ldm_jax.runs.config import RunConfig, claim
-from ldm_jax.runs.pretrained import load_pretrained
+from ldm_jax.runs.config import RunConfig
+from ldm_jax.runs.encode import encode
+from ldm_jax.runs.run import Run
 from ldm_jax.settings.command_line import run_command
-from ldm_jax.types import Cond, Images, Latent
 
 
 def main(flags: argparse.Namespace) -> None:
     """Encodes the training source, and that of the validation loss where it has its own."""
-    config: RunConfig = flags.config
-    data = config.data
-    sources = {"train": data.source, "validation": data.validation}
-    directories = {part: build.records(config, flags.workdir, part) for part in sources}
-    mesh = make_mesh(config.mesh)
-    pretrained = load_pretrained(config, mesh)
-    frozen = pretrained.params
-    to_latents = jit(pretrained.encode_images, mesh)
-    to_cond = jit(pretrained.encode, mesh)
-
-    def encoder(images: Images) -> Latent:
-        return to_latents(frozen, put_same(images, mesh))
-
-    def embed(captions: list[str]) -> Cond:
-        return jax.device_get(to_cond(frozen, pretrained.text(captions)))
-
-    text = TextEncoder(embed, weights.fingerprint(pretrained.text_params))
-    run = functools.partial(
-        encode,
-        encoder=encoder,
-        autoencoder=build.autoencoder_of(pretrained),
-        size=data.size,
-        batch=data.encode_batch,
-        workers=data.workers,
-        items_per_shard=data.items_per_shard,
-        limits=Limits(data.min_side, data.max_caption, data.max_skipped),
-        text=text if data.text_embeddings else None,
-    )
-    for part, source in sources.items():
-        if source is not None:
-            manifest = run(open_source(source), directory=directories[part])
-            print(f"{directories[part]}: {_summary(manifest)}")
-    claim(config, flags.workdir)  # now that the latents have accepted what they are made with
-
-
-def _summary(manifest: Manifest) -> str:
-    skipped = ", ".join(f"{len(keys)} {reason}" for reason, keys in manifest.skipped.items())
-    std = ", ".join(f"{value:.2f}" for value in manifest.latent_std)
-    return (
-        f"{manifest.written} records of {manifest.read} items, skipped: {skipped or 'none'}; "
-        f"latents {'x'.join(map(str, manifest.latent_shape))}, std {std}"
-    )
+    for line in encode(Run(flags.config, flags.workdir)):
+        print(line)
 
 
 if __name__ == "__main__":

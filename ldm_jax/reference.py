@@ -10,12 +10,10 @@ network. `--config.eval.reference=folder:/photos` makes such a file within the r
 
 import argparse
 
-from etils import epath
-
-from ldm_jax.parallel import distributed, make_mesh
+from ldm_jax.parallel import distributed
 from ldm_jax.runs.config import RunConfig, absolute_location
-from ldm_jax.runs.pretrained import load_scoring
-from ldm_jax.runs.scoring import compared, measure
+from ldm_jax.runs.run import Run
+from ldm_jax.runs.scoring import write_reference
 from ldm_jax.settings.command_line import UsageError, any_path, in_words, run_command
 
 
@@ -37,28 +35,7 @@ def main(flags: argparse.Namespace) -> None:
     if flags.output.suffix != ".npz":
         raise UsageError(f"--output is {flags.output}; a reference is a file of the kind .npz")
     with distributed.joined(flags):
-        run(flags.config, flags.images, flags.output)
-
-
-def run(config: RunConfig, images: str, output: epath.Path) -> None:
-    """Looks at all images, and writes what was seen."""
-    mesh = make_mesh(config.mesh)
-    networks, _ = load_scoring(config, mesh)
-    names = compared(networks)
-    if not names:
-        raise ValueError(
-            f"there is no network that scores of sets are made of: {config.pretrained} has none, and"
-            " none of eval.clip, eval.inception and eval.dinov2 is given"
-        )
-    found = measure(config, images, networks, names, mesh)
-    if not distributed.is_first():
-        return
-    found.write(output)
-    facts = found.provenance
-    widths = ", ".join(f"{name} {found.features[name]['image'].shape[1]}" for name in names)
-    print(
-        f"{output}: {facts.count} images of {facts.size} pixels, {facts.skipped} skipped; {widths}"
-    )
+        print(write_reference(Run(flags.config), flags.images, flags.output))
 
 
 if __name__ == "__main__":

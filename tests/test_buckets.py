@@ -23,6 +23,7 @@ from ldm_jax.files.ledger import append_record, read_records
 from ldm_jax.files.lines import append_line
 from ldm_jax.runs import build
 from ldm_jax.runs.config import CHECKPOINTS, RunConfig, claim
+from ldm_jax.runs.sample import write
 from ldm_jax.settings.command_line import UsageError, parse
 from ldm_jax.training import Tick, TrainingError
 from ldm_jax.training.checkpoints import Checkpoints
@@ -182,12 +183,12 @@ def test_an_evaluation_is_journalled_and_reported(bucket):
 
 def test_samples_of_an_earlier_call_go_and_nobody_elses(bucket):
     (bucket / "00007-00.png").write_bytes(b"")
-    sample.write(bucket, IMAGES[:1], ["x"], seeds=1)
+    write(bucket, IMAGES[:1], ["x"], seeds=1)
     assert (bucket / "00007-00.png").exists()
     (bucket / "00007-00.png").unlink()
     (bucket / "other.png").write_bytes(b"")
     for prompts in (["a", "b"], ["c"]):
-        sample.write(bucket, IMAGES[: len(prompts)], prompts, seeds=1)
+        write(bucket, IMAGES[: len(prompts)], prompts, seeds=1)
     names = sorted(path.name for path in bucket.iterdir())
     assert names == ["00000-00.png", "grid.png", "images.json", "other.png"]
 

@@ -15,9 +15,12 @@ from PIL import Image
 from ldm_jax import encode, evaluate, report, sample, train
 from ldm_jax.diffusion import Even, Heun, RectifiedFlow
 from ldm_jax.files.durable import alone_in
-from ldm_jax.parallel import make_mesh
-from ldm_jax.runs import build
-from ldm_jax.runs.pretrained import load_pretrained, pretrained_directory
+from ldm_jax.runs.config import RunConfig
+from ldm_jax.runs.evaluate import Request, of_model
+from ldm_jax.runs.pretrained import pretrained_directory
+from ldm_jax.runs.run import Run
+from ldm_jax.runs.sample import write
+from ldm_jax.runs.train import make_evaluated
 from ldm_jax.settings.command_line import UsageError, parse
 from ldm_jax.training import TrainingError
 from ldm_jax.training.checkpoints import Checkpoints
@@ -100,14 +103,11 @@ def test_every_step_is_shown_on_request(run, tmp_path, capsys):
 def test_what_of_prompts_no_encoder_sees_is_shown_by_all_that_draw(run, tmp_path, caplog):
     (tmp_path / "prompts").write_text("".join(f"{'a ring ' * 60} {n}\n" for n in range(8)))
     words = [f"--workdir={run}", f"--config.eval.prompts=file:{tmp_path / 'prompts'}"]
-    flags = parse(words, train.RunConfig, add_flags=evaluate.add_flags)
-    mesh, more = make_mesh(flags.config.mesh), [f"--prompts={tmp_path / 'prompts'}"]
-    pretrained = load_pretrained(flags.config, mesh)
-    network = build.make_backbone(flags.config, pretrained)
+    flags, more = parse(words, RunConfig), [f"--prompts={tmp_path / 'prompts'}"]
     for command in (
         lambda: tiny.run(sample, run, *more, add_flags=sample.add_flags),
-        lambda: evaluate.of_model(flags.config, flags.workdir, flags, mesh),
-        lambda: train.make_evaluated(flags.config, flags.workdir, network, pretrained, mesh),
+        lambda: of_model(Run(flags.config, flags.workdir), Request()),
+        lambda: make_evaluated(Run(flags.config, flags.workdir)),
     ):
         caplog.clear()
         command()
@@ -299,7 +299,7 @@ def test_no_prompt_and_no_seed_are_sentences(run):
 
 def test_an_unknown_setting_is_a_usage_error(run):
     with pytest.raises(UsageError, match="did you mean 'batch'"):
-        parse([f"--workdir={run}", "--config.train.bach=3"], train.RunConfig)
+        parse([f"--workdir={run}", "--config.train.bach=3"], RunConfig)
 
 
 @pytest.mark.slow
@@ -345,13 +345,13 @@ def test_a_prediction_that_says_nothing_at_the_start_is_refused(run, tmp_path):
 
 
 def sampling_of(monkeypatch, **changes):
-    """What `build.make_sampling` gives to `make_generate`."""
+    """What `Run.generate` gives to `make_generate`."""
     sampling = dataclasses.replace(tiny.TINY.sampling, **changes)
     config = dataclasses.replace(tiny.TINY, schedule=RectifiedFlow(), sampling=sampling)
-    pretrained = load_pretrained(config, make_mesh(config.mesh))
     given = {}
-    monkeypatch.setattr(build, "make_generate", lambda *_, **options: given.update(options) or max)
-    build.make_sampling(config, build.make_backbone(config, pretrained), pretrained)
+    make = lambda *_, **options: given.update(options) or max  # noqa: E731
+    monkeypatch.setattr("ldm_jax.runs.run.make_generate", make)
+    Run(config).generate()
     return given
 
 
@@ -380,25 +380,23 @@ def test_images_that_do_not_divide_over_the_levels_are_refused():
     data = dataclasses.replace(tiny.TINY.data, size=72)
     backbone = dataclasses.replace(tiny.TINY.backbone, channels=(16, 16), transformer_depth=(1, 1))
     config = dataclasses.replace(tiny.TINY, data=data, backbone=backbone)
-    pretrained = load_pretrained(config, make_mesh(config.mesh))
     with pytest.raises(ValueError, match="latents of 9 rows; this backbone takes a multiple of 2"):
-        build.make_backbone(config, pretrained)
+        _ = Run(config).network
 
 
 def test_frozen_networks_lie_on_the_whole_mesh():
-    mesh = make_mesh(tiny.TINY.mesh)
-    pretrained = load_pretrained(tiny.TINY, mesh)
-    assert {leaf.sharding.mesh for leaf in jax.tree.leaves(pretrained.params)} == {mesh}
+    run = Run(tiny.TINY)
+    assert {leaf.sharding.mesh for leaf in jax.tree.leaves(run.frozen.params)} == {run.mesh}
 
 
 def test_images_of_an_earlier_call_go_and_nobody_elses(tmp_path):
     others = ["00007-00.png", "2026-01.png"]
     for name in others:
         (tmp_path / name).touch()
-    sample.write(tmp_path, np.zeros((1, 8, 8, 3), np.uint8), ["x"], seeds=1)
+    write(tmp_path, np.zeros((1, 8, 8, 3), np.uint8), ["x"], seeds=1)
     assert all((tmp_path / name).exists() for name in others)
     (tmp_path / others[0]).unlink()
     for prompts in (["a", "b"], ["c"]):
-        sample.write(tmp_path, np.zeros((len(prompts), 8, 8, 3), np.uint8), prompts, seeds=1)
+        write(tmp_path, np.zeros((len(prompts), 8, 8, 3), np.uint8), prompts, seeds=1)
     names = sorted(path.name for path in tmp_path.iterdir())
     assert names == ["00000-00.png", "2026-01.png", "grid.png", "images.json"]

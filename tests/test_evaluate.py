@@ -17,8 +17,11 @@ from ldm_jax.diffusion import Cosine
 from ldm_jax.evals.cells import Cell
 from ldm_jax.evals.prompts import read_prompts
 from ldm_jax.evals.references import Reference
-from ldm_jax.parallel import MeshConfig, make_mesh
-from ldm_jax.runs.pretrained import Network, Pretrained, load_scoring
+from ldm_jax.parallel import MeshConfig
+from ldm_jax.runs import evaluate as evaluation
+from ldm_jax.runs.config import NetworkDirectories
+from ldm_jax.runs.pretrained import Network, Pretrained
+from ldm_jax.runs.run import Run
 from ldm_jax.runs.scoring import make_reference, make_scoring
 from ldm_jax.settings.command_line import UsageError, parse
 from ldm_jax.types import Estimate
@@ -132,14 +135,11 @@ def scored(config):
     images = np.stack([render(scene) for scene in prompts.scenes]).astype(np.float32) / 127.5 - 1
 
     def of(devices, fsdp=1, batch=8):
-        mesh = make_mesh(MeshConfig(fsdp=fsdp), jax.devices()[:devices])
-        networks, tokenizer = load_scoring(config, mesh)
-        known = make_reference(config, "unused", networks, mesh)
         sampling = dataclasses.replace(config.sampling, batch=batch)
-        own = dataclasses.replace(config, sampling=sampling)
-        options = {"reference": known, "truth": images * np.float32(0.9)}
-        scoring = make_scoring(own, prompts, networks, tokenizer, mesh, **options)
-        frozen = {name: network.params for name, network in networks.items()}
+        own = dataclasses.replace(config, sampling=sampling, mesh=MeshConfig(fsdp=fsdp))
+        run = Run(own, "unused", devices=jax.devices()[:devices])
+        scoring = make_scoring(run, prompts, truth=images * np.float32(0.9))
+        frozen = {name: network.params for name, network in run.scorers.items()}
         return scoring.scores(scoring.viewer(frozen, [images]))
 
     return of
@@ -187,13 +187,14 @@ def refused(config, **settings):
 def test_bad_input_is_refused_in_a_sentence_and_leaves_nothing(folder, config, tmp_path):
     images, workdir = f"--images=folder:{folder}", tmp_path / "run"
     (tmp_path / "empty").mkdir()
+    absent = NetworkDirectories(inception="absent")
     cases = [
         (config, [f"--images=folder:{tmp_path / 'empty'}"], "holds no image"),
         (refused(config, metrics=("fd_clip",)), [images], "kernel distances .kid. serve fewer"),
         (refused(config, metrics=("fid",)), [images], "needs the network inception"),
         (refused(config, metrics=("kid_clip",), reference=None), [images], "eval.reference"),
         (refused(config, reference="absent.npz"), [images], "absent.npz"),
-        (refused(config, inception="absent"), [images], "eval.inception is '.*absent'"),
+        (refused(config, networks=absent), [images], "eval.networks.inception is '.*absent'"),
         (config, [images, "--truth=scenes:simple?count=4"], "--truth has 4 images"),
     ]
     for given, words, said in cases:
@@ -243,7 +244,7 @@ def test_images_of_another_size_are_named_and_nothing_is_written(folder, config,
 
 
 def test_a_network_of_another_kind_is_refused(folder, config, tmp_path):
-    clip = refused(config, inception=config.eval.clip or "ldm_jax/assets/scenes/clip")
+    clip = refused(config, networks=NetworkDirectories(inception="ldm_jax/assets/scenes/clip"))
     with pytest.raises(ValueError, match="a network of the kind CLIP, and is to be the inception"):
         look(tmp_path, clip, f"--images=folder:{folder}")
 
@@ -251,11 +252,11 @@ def test_a_network_of_another_kind_is_refused(folder, config, tmp_path):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--images=folder:x", "--steps=3"], "--steps is for a model's images"),
-        (["--truth=folder:x"], "--truth goes with --images"),
+        (["--images=folder:x", "--steps=3"], "--steps cannot be combined with --images"),
+        (["--truth=folder:x"], "--truth is given without --images"),
         (["--steps=3,x"], "'3,x' is no list of whole numbers"),
         (["--seeds=0,-1"], "a seed is -1; it is from 0 to 4294967295"),
-        (["--images=folder:x", "--keep"], "--keep is for a model's images"),
+        (["--images=folder:x", "--keep"], "--keep cannot be combined with --images"),
         (["--samplers=ddim,best"], "there is no sampler 'best'"),
     ],
 )
@@ -265,18 +266,16 @@ def test_flags_that_cannot_be_are_refused(words, said, tmp_path):
 
 
 def test_a_reference_of_the_same_images_made_within_the_run_is_the_same(config, tmp_path):
-    mesh = make_mesh(MeshConfig())
-    networks, _ = load_scoring(config, mesh)
     spec = "scenes:simple?count=150&split=all&seed=5"
     within = refused(config, reference=spec)
-    made = make_reference(within, tmp_path, networks, mesh)
+    made = make_reference(Run(within, tmp_path))
     written = Reference.read(config.eval.reference)
     assert made.provenance == written.provenance
     np.testing.assert_allclose(
         made.features["clip"]["image"], written.features["clip"]["image"], atol=1e-6
     )
     (kept,) = (tmp_path / "references").iterdir()
-    again = make_reference(within, tmp_path, networks, mesh)
+    again = make_reference(Run(within, tmp_path))
     np.testing.assert_array_equal(
         again.features["clip"]["image"], Reference.read(kept).features["clip"]["image"]
     )
@@ -284,10 +283,10 @@ def test_a_reference_of_the_same_images_made_within_the_run_is_the_same(config, 
 
 def test_a_model_is_another_one_where_a_setting_decides_its_images_and_not_where_it_is_only_computed_otherwise():
     def identity(**changes):
-        config = dataclasses.replace(tiny.TINY, **changes)
+        run = Run(dataclasses.replace(tiny.TINY, **changes))
         network = Network(None, max, {"kernel": np.ones(3)})
-        frozen = Pretrained(network, None, ({"kernel": np.ones(2)},), {}, None, 0)
-        return evaluate.identity_of(config, {"kernel": np.ones(4)}, frozen)["identity"]
+        run.frozen = Pretrained(network, None, ({"kernel": np.ones(2)},), {}, 0)
+        return evaluation.identity_of(run, {"kernel": np.ones(4)})["identity"]
 
     backbone, train = tiny.TINY.backbone, tiny.TINY.train
     same = [

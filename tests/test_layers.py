@@ -37,7 +37,6 @@ LAYERS = {
 SIBLINGS = {
     "pages": {"evals", "training"},
     "planning": {"runs"},
-    "studies": {"encode", "train", "evaluate"},
 }
 
 
@@ -111,7 +110,7 @@ def test_library_knows_no_config_file_experiment_or_test():
         ),
         ("ldm_jax.evals.evaluator", "import ldm_jax.training.state", "ldm_jax.training.state"),
         ("ldm_jax.models.unet", "def f():\n    from ..data import scenes", "ldm_jax.data.scenes"),
-        ("ldm_jax.models.unet", "from ldm_jax.runs import build", "ldm_jax.runs.build"),
+        ("ldm_jax.models.unet", "from ldm_jax.runs import run", "ldm_jax.runs.run"),
     ],
 )
 def test_an_upward_or_sideways_import_would_be_named(tmp_path, importer, source, offender):
@@ -125,3 +124,30 @@ def test_siblings_inside_a_package_and_lower_layers_pass(tmp_path):
     path = tmp_path / "module.py"
     path.write_text("import jax\nfrom ldm_jax.nn import layers\nfrom . import kl\n")
     assert offences("ldm_jax.models.unet", imports(path, "ldm_jax.models.unet")) == []
+
+
+COMMANDS = [module for module in modules() if LAYERS.get(module.split(".")[1]) == 7]
+
+
+@pytest.mark.parametrize("module", COMMANDS)
+def test_a_command_is_flags_in_and_one_call_out(module):
+    text = (ROOT / Path(*module.split(".")).with_suffix(".py")).read_text()
+    assert len(text.splitlines()) <= 60
+    functions = [node.name for node in ast.parse(text).body if isinstance(node, ast.FunctionDef)]
+    assert set(functions) <= {"main", "add_flags"}
+
+
+# What belongs together in a `Run`, by the names that such parameters had.
+TOGETHER = {"config", "workdir", "mesh", "pretrained", "network"}
+
+
+@pytest.mark.parametrize("module", [m for m in modules() if not m.startswith("ldm_jax.runs.")])
+def test_no_function_outside_of_runs_takes_two_parts_of_a_run(module):
+    text = (ROOT / Path(*module.split(".")).with_suffix(".py")).read_text()
+    found = []
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef):
+            arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+            if len(parts := TOGETHER & {argument.arg for argument in arguments}) > 1:
+                found.append((node.name, sorted(parts)))
+    assert found == []

@@ -13,9 +13,8 @@ from ldm_jax.diffusion import DDIM, Leading, ScaledLinear, eps, grid
 from ldm_jax.evals.generation import make_generate
 from ldm_jax.models.networks import make_network
 from ldm_jax.models.unet_config import UNetConfig
-from ldm_jax.parallel import MeshConfig, jit, make_mesh, put_same, replicated
-from ldm_jax.runs import build
-from ldm_jax.runs.pretrained import load_pretrained
+from ldm_jax.parallel import MeshConfig, jit, put_same, replicated
+from ldm_jax.runs.run import Run
 from ldm_jax.types import Cond
 
 PROMPTS = ["a large red circle", "a small blue ring", *[f"picture {n}" for n in range(6)]]
@@ -41,20 +40,18 @@ def drawn(init):
 @functools.cache
 def program(devices=1):
     """`draw(prompts, seed, guidance) -> uint8`, of so many devices, and what `jit` gave."""
-    mesh = make_mesh(MeshConfig(), jax.devices()[:devices])
     config = dataclasses.replace(tiny.TINY, mesh=MeshConfig())
-    pretrained = load_pretrained(config, mesh)
-    network = build.make_backbone(config, pretrained)
-    params = jax.device_put(drawn(network.init), replicated(mesh))
-    generate = jit(build.make_sampling(config, network, pretrained), mesh)
-    negative = pretrained.text([""])
+    run = Run(config, devices=jax.devices()[:devices])
+    params = jax.device_put(drawn(run.network.init), replicated(run.mesh))
+    generate, text = jit(run.generate(), run.mesh), run.frozen.text
+    negative = text([""])
 
     def draw(prompts, seed=0, guidance=3.0):
-        rows = {"tokens": pretrained.text(prompts), "number": np.arange(len(prompts), dtype="u4")}
-        rows = put_same(rows, mesh)
+        rows = {"tokens": text(prompts), "number": np.arange(len(prompts), dtype="u4")}
+        rows = put_same(rows, run.mesh)
         keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), rows["number"])
         given = rows["tokens"], negative, keys, np.float32(guidance)
-        return generate(params, pretrained.params, *given)
+        return generate(params, run.frozen.params, *given)
 
     return draw, generate.__wrapped__
 

@@ -23,10 +23,10 @@ from ldm_jax.models.networks import KINDS, make_network
 from ldm_jax.models.pixart_config import PixArtConfig
 from ldm_jax.models.t5 import T5Config
 from ldm_jax.models.uvit_config import UViTConfig
-from ldm_jax.parallel import make_mesh
-from ldm_jax.runs import build
 from ldm_jax.runs.config import RunConfig
-from ldm_jax.runs.pretrained import load_pretrained, pretrained_directory
+from ldm_jax.runs.convert import INDEX, model_index
+from ldm_jax.runs.pretrained import pretrained_directory
+from ldm_jax.runs.run import Run
 from ldm_jax.settings.command_line import UsageError, parse
 
 T5_TOKENIZER = Path(__file__).parent / "goldens" / "t5_tokenizer"
@@ -132,7 +132,7 @@ def test_a_run_with_such_a_directory_becomes_a_pipeline_that_draws_the_same_imag
     with Image.open(workdir / "images" / "00000-00.png") as image:
         ours = np.asarray(image).astype(int)
     converted(workdir, tmp_path / name)
-    key = jax.random.fold_in(jax.random.fold_in(build.key(config, "sample"), 0), 0)
+    key = jax.random.fold_in(jax.random.fold_in(Run(config).key("sample"), 0), 0)
     noise = np.asarray(initial_noise(key[None], (8, 8, 4)))
     theirs = drawn_by_diffusers(tmp_path / name, config, noise)
     assert np.std(ours) > 5
@@ -143,7 +143,7 @@ def test_a_run_with_such_a_directory_becomes_a_pipeline_that_draws_the_same_imag
 def test_tensors_of_a_pipeline_come_out_bit_for_bit(tmp_path, dtype):
     source, first = tmp_path / "sdxl", tmp_path / "first"
     config_of("sdxl", source)
-    (source / convert.INDEX).write_text("{}")
+    (source / INDEX).write_text("{}")
     converted(source, first, "--max-shard-size=2e4")
     assert all(
         len(list((first / part).glob("*.safetensors"))) > 1 for part in ("vae", "text_encoder")
@@ -155,7 +155,7 @@ def test_tensors_of_a_pipeline_come_out_bit_for_bit(tmp_path, dtype):
         for key, tensor in before.items():
             assert after[key].dtype == dtype
             np.testing.assert_array_equal(tensor.astype(dtype), after[key])
-    for path in ("tokenizer/merges.txt", "tokenizer_2/vocab.json", convert.INDEX):
+    for path in ("tokenizer/merges.txt", "tokenizer_2/vocab.json", INDEX):
         assert (tmp_path / "second" / path).read_bytes() == (source / path).read_bytes()
 
 
@@ -175,14 +175,13 @@ def test_what_cannot_be_converted_is_said_and_leaves_nothing(tmp_path):
 
 def test_a_pipeline_that_diffusers_does_not_have_is_said():
     config = dataclasses.replace(tiny.TINY, backbone=UViTConfig(text_width=64))
-    text = load_pretrained(config, make_mesh(config.mesh)).text
+    text = Run(config).frozen.text
     with pytest.raises(ValueError, match="no pipeline of a UViTConfig and CLIPTextConfig"):
-        convert.model_index(config.backbone, text)
+        model_index(config.backbone, text)
 
 
 def loaded(name, directory, precision):
-    config = config_of(name, directory, text_precision=precision)
-    return load_pretrained(config, make_mesh(config.mesh))
+    return Run(config_of(name, directory, text_precision=precision)).frozen
 
 
 def error(given, expected):
@@ -212,13 +211,14 @@ def test_text_in_bfloat16_is_near_that_in_float32_and_told_apart(shelf, name):
 def test_a_backbone_makes_its_own_precision_of_the_texts(shelf, name):
     config = config_of(name, shelf / name)
     contexts = {"float32": [], "bfloat16": []}
-    for pretrained in (loaded(name, shelf / name, precision) for precision in contexts):
-        cond = jax.eval_shape(pretrained.encode, pretrained.params, pretrained.text([PROMPT]))
+    for text_precision in contexts:
         for precision, prepared in contexts.items():
             train = dataclasses.replace(config.train, precision=precision)
-            network = build.make_backbone(dataclasses.replace(config, train=train), pretrained)
-            params = jax.eval_shape(network.init, jax.random.key(0))
-            prepared.append(jax.eval_shape(build.prepare(network), params, cond))
+            run = Run(dataclasses.replace(config, train=train, text_precision=text_precision))
+            frozen = run.frozen
+            cond = jax.eval_shape(frozen.encode, frozen.params, frozen.text([PROMPT]))
+            params = jax.eval_shape(run.network.init, jax.random.key(0))
+            prepared.append(jax.eval_shape(run.prepare, params, cond))
     assert all(first == second for first, second in contexts.values())
     first, second = (jax.tree.leaves(each[0])[0] for each in contexts.values())
     assert (first.dtype.name, second.dtype.name) == tuple(contexts)
@@ -241,6 +241,5 @@ def test_a_precision_that_there_is_not_is_refused_by_name(tmp_path):
 def test_a_backbone_that_does_not_fit_the_directory_is_refused(shelf, name, changes, sentence):
     backbone = dataclasses.replace(BACKBONES[name], **changes)
     config = config_of(name, shelf / name, backbone=backbone)
-    pretrained = load_pretrained(config, make_mesh(config.mesh))
     with pytest.raises(ValueError, match=sentence):
-        build.make_backbone(config, pretrained)
+        _ = Run(config).network

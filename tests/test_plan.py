@@ -141,7 +141,7 @@ def test_encoding_is_planned_by_its_own_batch():
 def test_a_batch_that_the_mesh_does_not_divide_is_refused(name, setting):
     config = parse((*SMALL, f"--config.{setting}"), RunConfig, in_workdir=False).config
     with pytest.raises(ValueError, match="A batch of 12 does not divide over the 8 devices"):
-        programs.PROGRAMS[name](config, make_mesh(config.mesh))
+        programs.PROGRAMS[name](programs.Planned(config))
 
 
 COLLECTIVES = """
@@ -150,11 +150,11 @@ import jax
 from ldm_jax.planning import programs
 from ldm_jax.runs.config import RunConfig
 from ldm_jax.settings.command_line import parse
-from ldm_jax.parallel import make_mesh
 from ldm_jax.planning.aot import topology
 
 config = parse(sys.argv[1:], RunConfig, in_workdir=False).config
-found = programs.compiled(programs.training(config, make_mesh(config.mesh, topology("v5p:2x2x2"))))
+run = programs.Planned(config, devices=topology("v5p:2x2x2"))
+found = programs.compiled(programs.training(run))
 params = jax.tree.leaves(found.program.arguments["state"].params)
 rows = [[c.kind, c.group, c.times, c.ici_bytes, c.bytes] for c in found.cost.collectives]
 divided = [leaf for leaf in params if leaf.sharding.shard_shape(leaf.shape) != leaf.shape]
@@ -182,14 +182,14 @@ from ldm_jax.planning import programs
 from ldm_jax.runs.config import RunConfig
 from ldm_jax.settings.command_line import parse
 from ldm_jax.models.axes import TABLE
-from ldm_jax.parallel import make_mesh, shardings
+from ldm_jax.parallel import shardings
 from ldm_jax.planning.aot import topology
 from ldm_jax.training.state import jit_init
 
 config = parse(sys.argv[1:], RunConfig, in_workdir=False).config
-mesh = make_mesh(config.mesh, topology("v5e:2x4"))
-network = programs.parts(config, mesh).network
-place = functools.partial(shardings, table=TABLE, rules=config.mesh.pairs, mesh=mesh)
+run = programs.Planned(config, devices=topology("v5e:2x4"))
+network = run.network
+place = functools.partial(shardings, table=TABLE, rules=config.mesh.pairs, mesh=run.mesh)
 key = jax.eval_shape(lambda: jax.random.key(0))
 memory = jit_init(network.init, optax.adamw(1e-3), place).lower(key).compile().memory_analysis()
 print(memory.output_size_in_bytes, memory.temp_size_in_bytes)

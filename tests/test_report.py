@@ -11,7 +11,8 @@ import pytest
 
 from ldm_jax.evals.image_grids import save_grid
 from ldm_jax.files.ledger import append_record
-from ldm_jax.report import MAX_SHEETS, MAX_TILE, add_flags, main, page, read_run, sheet
+from ldm_jax.pages.run import MAX_SHEETS, MAX_TILE, page, read_run, sheet
+from ldm_jax.report import add_flags, main
 from ldm_jax.settings.command_line import parse
 from ldm_jax.training.record import RunRecord
 

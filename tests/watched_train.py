@@ -14,12 +14,13 @@ import numpy as np
 from ldm_jax import train
 from ldm_jax.files.lines import append_line
 from ldm_jax.parallel import distributed
+from ldm_jax.runs import train as training
 from ldm_jax.runs.config import RunConfig
 from ldm_jax.settings.command_line import run_command
 from ldm_jax.training import Hook
 
 WAIT = float(os.environ.get("WAIT", "0"))
-run, fit, make_evaluated = train.run, train.fit, train.make_evaluated
+trained, fit, make_evaluated = train.train, training.fit, training.make_evaluated
 places = []
 
 
@@ -46,9 +47,9 @@ class Seen(Hook):
         pass
 
 
-def watched_run(config, workdir, watch):
-    places.append(workdir)
-    run(config, workdir, watch)
+def watched_train(run, watch):
+    places.append(run.workdir)
+    trained(run, watch)
 
 
 def watched_fit(*args, hooks, **options):
@@ -67,6 +68,7 @@ def watched_evaluated(*args):
     return evaluated._replace(validate=validate)
 
 
-train.run, train.fit, train.make_evaluated = watched_run, watched_fit, watched_evaluated
+train.train = watched_train
+training.fit, training.make_evaluated = watched_fit, watched_evaluated
 if __name__ == "__main__":
     run_command(train.main, RunConfig, description=train.__doc__, add_flags=distributed.add_flags)

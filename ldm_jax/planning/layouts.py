@@ -13,12 +13,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
 
 from ldm_jax.nn.stack import REMAT
-from ldm_jax.parallel import MeshConfig, device_bytes, make_mesh
+from ldm_jax.parallel import MeshConfig, device_bytes
 from ldm_jax.parallel.chips import chip, slice_of
-from ldm_jax.planning.programs import Parts, held, parts, training
+from ldm_jax.planning.programs import Planned, held, training
 from ldm_jax.runs.config import RunConfig
 from ldm_jax.types import Cond
 
@@ -82,7 +81,7 @@ def estimates(config: RunConfig, devices: Sequence[Any]) -> list[Estimate]:
 
     Of those that are about as fast the one that needs least memory comes first: compilers take long over the last
     bytes. A batch is taken in no more parts than fit, since more of them save nothing but memory. `tensor` stays as the
-    config has it. Raises as `programs.parts`, and ValueError where no layout divides the batch.
+    config has it. Raises as `abstract_pretrained`, and ValueError where no layout divides the batch.
     """
     kept = {remat: _kept(config, remat, devices[0]) for remat in REMAT}
     given = functools.cache(lambda fsdp: _given(config, fsdp, devices))
@@ -128,7 +127,7 @@ class _Given(NamedTuple):
 
 def _given(config: RunConfig, fsdp: int, devices: Sequence[Any]) -> _Given:
     sizes = dataclasses.replace(config.mesh, data=-1, fsdp=fsdp)
-    program = training(dataclasses.replace(config, mesh=sizes), make_mesh(sizes, devices))
+    program = training(Planned(dataclasses.replace(config, mesh=sizes), devices=devices))
     params = program.arguments["state"].params
     count = sum(leaf.size for leaf in jax.tree.leaves(params))
     return _Given(sum(held(program).values()), device_bytes(params), count, program.flops)
@@ -155,24 +154,21 @@ def _estimate(
 
 def _kept(config: RunConfig, remat: str, device: Any) -> int:
     """Bytes an example that the network keeps from the forward pass for the backward pass."""
-    alone = make_mesh(MeshConfig(data=1), [device])
-    run = dataclasses.replace(
+    alone = dataclasses.replace(
         config,
         mesh=MeshConfig(data=1),
         backbone=dataclasses.replace(config.backbone, remat=remat),
     )
-    made = parts(run, alone)
-    one, two = (_residuals(made, rows, alone) for rows in (1, 2))
+    run = Planned(alone, devices=[device])
+    one, two = (_residuals(run, rows) for rows in (1, 2))
     return two - one
 
 
-def _residuals(made: Parts, rows: int, mesh: Mesh) -> int:
-    apply, text = made.network.apply, made.pretrained.text
-    channels = made.pretrained.autoencoder.config.latent_channels
-    length = text.tokenizers[0].max_length
+def _residuals(run: Planned, rows: int) -> int:
+    apply, text = run.network.apply, run.frozen.text
     shape = lambda *dims: jax.ShapeDtypeStruct((rows, *dims), jnp.float32)  # noqa: E731
     cond = Cond(
-        shape(length, text.width),
+        shape(run.text_length, text.width),
         pooled=shape(text.pooled_width) if text.pooled_width else None,
         sizes=shape(6),
     )
@@ -183,9 +179,9 @@ def _residuals(made: Parts, rows: int, mesh: Mesh) -> int:
 
         return jax.vjp(forward, params)[1]
 
-    params = jax.eval_shape(made.network.init, jax.random.key(0))
-    with jax.set_mesh(mesh):
-        latents = shape(made.side, made.side, channels)
+    params = jax.eval_shape(run.network.init, jax.random.key(0))
+    with jax.set_mesh(run.mesh):
+        latents = shape(run.side, run.side, run.frozen.autoencoder.config.latent_channels)
         residuals = jax.eval_shape(backward, params, latents, shape(), cond)
     leaves = jax.tree.leaves(residuals)
     return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)

@@ -1,6 +1,7 @@
 """The programs of a run as shapes, lowered and compiled for devices that are not here."""
 
 import contextlib
+import functools
 import logging
 import re
 import threading
@@ -12,13 +13,11 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from ldm_jax.models.flops import count, traced_flops
-from ldm_jax.nn.functional import Functional
+from ldm_jax.models.flops import traced_flops
 from ldm_jax.parallel import batch_sharding, check_rows, device_bytes, jit, replicated
 from ldm_jax.planning.cost import Cost, OutOfMemory, Profile, cost, profile, wasteful
-from ldm_jax.runs import build
-from ldm_jax.runs.config import RunConfig
 from ldm_jax.runs.pretrained import Pretrained, abstract_pretrained
+from ldm_jax.runs.run import Run
 from ldm_jax.types import Batch, Cond
 
 _log = logging.getLogger(__name__)
@@ -63,89 +62,93 @@ class Compiled(NamedTuple):
         return wasteful(self.text, devices, tuple(self.program.arguments.values()))
 
 
-class Parts(NamedTuple):
-    """What programs are made of."""
+class Planned(Run):
+    """A run whose frozen networks are shapes; nothing is read but their configs."""
 
-    network: Functional
-    pretrained: Pretrained
-    origin: str  # of the frozen networks' shapes
-    side: int  # rows and columns of the latents
+    @functools.cached_property
+    def frozen(self) -> Pretrained:
+        """The frozen networks as shapes. Raises as `abstract_pretrained`."""
+        return self._shapes[0]
+
+    @property
+    def origin(self) -> str:
+        """Where the shapes of the frozen networks are from."""
+        return self._shapes[1]
+
+    @functools.cached_property
+    def _shapes(self) -> tuple[Pretrained, str]:
+        return abstract_pretrained(self.config, self.mesh)
 
 
-def parts(config: RunConfig, mesh: Mesh) -> Parts:
-    """The networks of a run as shapes. Raises as `abstract_pretrained` and `build.make_backbone`."""
-    pretrained, origin = abstract_pretrained(config, mesh)
-    network = build.make_backbone(config, pretrained)
-    side = config.data.size // pretrained.autoencoder.config.downsampling
-    return Parts(network, pretrained, origin, side)
+def training(run: Run) -> Program:
+    """Makes the step that `train` runs."""
+    rows = run.config.train.batch
+    check_rows(rows, run.mesh)
+    stored = run.config.data.text_embeddings
+    arguments = {
+        "state": run.training.abstract,
+        "frozen": {} if stored else {"text": run.frozen.text_params},
+        "batch": batch(run),
+    }
+    flops = run.count.training_flops * rows
+    return Program("training", run.jit_step(), arguments, run.mesh, flops, rows)
 
 
-def training(config: RunConfig, mesh: Mesh) -> Program:
-    """The step that `train` runs."""
-    network, pretrained, _, side = parts(config, mesh)
-    made = build.make_training(config, network, pretrained, mesh)
-    rows, places = config.train.batch, batch_sharding(mesh)
-    check_rows(rows, mesh)
+def batch(run: Run) -> Batch:
+    """Makes the shapes of a training batch, placed on the mesh."""
+    rows, places = run.config.train.batch, batch_sharding(run.mesh)
 
     def array(dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((rows, *shape), dtype, sharding=places)
 
-    tokens = array(jnp.int32, _text_tokens(pretrained))
-    text, frozen = tokens, {"text": pretrained.text_params}
-    if config.data.text_embeddings:
-        text, frozen = _embedded(pretrained, tokens, places), {}
-    channels = pretrained.autoencoder.config.latent_channels
-    batch = Batch(
-        latents=array(jnp.float32, side, side, channels),
-        text=text,
+    tokens = array(jnp.int32, _text_tokens(run.frozen))
+    stored = run.config.data.text_embeddings
+    channels = run.frozen.autoencoder.config.latent_channels
+    return Batch(
+        latents=array(jnp.float32, run.side, run.side, channels),
+        text=_embedded(run.frozen, tokens, places) if stored else tokens,
         weight=array(jnp.float32),
         index=array(jnp.uint32),
     )
-    flops = count(config.backbone, side, _length(pretrained)).training_flops * rows
-    arguments = {"state": made.abstract, "frozen": frozen, "batch": batch}
-    return Program("training", build.jit_step(made, mesh), arguments, mesh, flops, rows)
 
 
-def sampling(config: RunConfig, mesh: Mesh) -> Program:
-    """`config.sampling`, from tokens to images, for `sampling.batch` of them, which the mesh has to divide."""
-    network, pretrained, _, side = parts(config, mesh)
-    generate = build.make_sampling(config, network, pretrained)
-    rows, places = config.sampling.batch, batch_sharding(mesh)
-    check_rows(rows, mesh)
-    length = _text_tokens(pretrained)
-    whole = replicated(mesh)
+def sampling(run: Run) -> Program:
+    """Makes `config.sampling`, from tokens to images, for `sampling.batch` of them, which the mesh has to divide."""
+    generate = run.generate()
+    rows, places = run.config.sampling.batch, batch_sharding(run.mesh)
+    check_rows(rows, run.mesh)
+    length, whole = _text_tokens(run.frozen), replicated(run.mesh)
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), rows))
-    frozen = {"text": pretrained.text_params, "autoencoder": pretrained.autoencoder.params}
+    frozen = {"text": run.frozen.text_params, "autoencoder": run.frozen.autoencoder.params}
     arguments = {
-        "parameters": build.make_training(config, network, pretrained, mesh).abstract.params,
+        "parameters": run.training.abstract.params,
         "frozen": frozen,
         "tokens": jax.ShapeDtypeStruct((rows, length), jnp.int32, sharding=places),
         "negative": jax.ShapeDtypeStruct((1, length), jnp.int32, sharding=whole),
         "keys": jax.ShapeDtypeStruct(keys.shape, keys.dtype, sharding=places),
         "guidance": jax.ShapeDtypeStruct((), jnp.float32, sharding=whole),
     }
-    forward = count(config.backbone, side, _length(pretrained)).total.flops
-    flops = forward * build.evaluations(config) * rows
-    jitted = jit(generate, mesh, out_shardings=whole)
-    return Program("sampling", jitted, arguments, mesh, flops, rows)
+    flops = run.count.total.flops * run.evaluations() * rows
+    jitted = jit(generate, run.mesh, out_shardings=whole)
+    return Program("sampling", jitted, arguments, run.mesh, flops, rows)
 
 
-def encoding(config: RunConfig, mesh: Mesh) -> Program:
-    """What makes latents in `encode`, of `data.encode_batch` images."""
-    pretrained, _ = abstract_pretrained(config, mesh)
-    rows, size = config.data.encode_batch, config.data.size
-    check_rows(rows, mesh)
+def encoding(run: Run) -> Program:
+    """Makes the program that makes latents in `encode`, of `data.encode_batch` images."""
+    rows, size = run.config.data.encode_batch, run.config.data.size
+    check_rows(rows, run.mesh)
 
     def images(rows: int) -> jax.ShapeDtypeStruct:
-        shape = (rows, size, size, pretrained.autoencoder.config.in_channels)
-        return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=batch_sharding(mesh))
+        shape = (rows, size, size, run.frozen.autoencoder.config.in_channels)
+        return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=batch_sharding(run.mesh))
 
+    encode = run.frozen.encode_images
     arguments = {
-        "frozen": {"autoencoder": pretrained.autoencoder.params},
+        "frozen": {"autoencoder": run.frozen.autoencoder.params},
         "images": images(rows),
     }
-    flops = traced_flops(pretrained.encode_images, arguments["frozen"], images(1)) * rows
-    return Program("encoding", jit(pretrained.encode_images, mesh), arguments, mesh, flops, rows)
+    flops = traced_flops(encode, arguments["frozen"], images(1)) * rows
+    return Program("encoding", jit(encode, run.mesh), arguments, run.mesh, flops, rows)
 
 
 PROGRAMS = {"training": training, "sampling": sampling, "encoding": encoding}
@@ -215,11 +218,6 @@ def progress(name: str, expected: float) -> Iterator[None]:
 def _products(text: str) -> int:
     """Products of matrices and convolutions in a program that is not compiled yet, those of a loop's body once."""
     return len(re.findall(r"stablehlo\.(?:dot_general|convolution)\b", text))
-
-
-def _length(pretrained: Pretrained) -> int:
-    """Text tokens that a backbone reads."""
-    return pretrained.text.tokenizers[0].max_length
 
 
 def _text_tokens(pretrained: Pretrained) -> int:

@@ -12,10 +12,8 @@ from typing import Any
 
 import jax
 
-from ldm_jax.parallel import make_mesh
 from ldm_jax.parallel.chips import chip
-from ldm_jax.planning import programs
-from ldm_jax.planning.aot import topology
+from ldm_jax.planning import aot, programs
 from ldm_jax.planning.cost import OutOfMemory, cost
 from ldm_jax.planning.roofline import timed
 from ldm_jax.planning.schedule import Schedule, run_to_schedule
@@ -27,16 +25,21 @@ NO_ROOM = 3  # exit status of the process that compiles: the program does not fi
 
 
 def scheduled(
-    program: programs.Program, config: RunConfig, slice_: str, slices: int
+    program: programs.Program, config: RunConfig, topology: str, slices: int
 ) -> programs.Compiled:
-    """Compiles a program of `programs`, built of `config` for slices such as "v5e:16x16", without its code.
+    """Compiles a program of `programs`, of the run `config` on slices such as "v5e:16x16", without its code.
 
     Raises:
       OutOfMemory: it does not fit the memory of a device.
       OSError: the compiler failed.
       ValueError: as `parallel.cost.cost`.
     """
-    given = {"config": to_json(config), "topology": slice_, "slices": slices, "name": program.name}
+    given = {
+        "config": to_json(config),
+        "topology": topology,
+        "slices": slices,
+        "name": program.name,
+    }
     with programs.progress(program.name, programs.SCHEDULE):
         command = [sys.executable, "-m", "ldm_jax.planning.scheduled"]
         found = run_to_schedule(command, os.environ, json.dumps(given))
@@ -59,8 +62,8 @@ def compile_given(text: str) -> int:
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_enable_compilation_cache", False)
     config = from_json(given["config"], RunConfig)
-    devices: Sequence[Any] = topology(given["topology"], given["slices"])
-    program = programs.PROGRAMS[given["name"]](config, make_mesh(config.mesh, devices))
+    devices: Sequence[Any] = aot.topology(given["topology"], given["slices"])
+    program = programs.PROGRAMS[given["name"]](programs.Planned(config, devices=devices))
     try:
         programs.lowered(program).compile()
     except jax.errors.JaxRuntimeError as error:

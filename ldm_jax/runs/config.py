@@ -6,6 +6,7 @@ between the two, and `ldm_jax.settings.command_line` is the command line over bo
 
 import dataclasses
 import re
+from typing import Any
 
 from etils import epath
 
@@ -35,6 +36,7 @@ from ldm_jax.diffusion import (
     check_interval,
 )
 from ldm_jax.evals import METRICS
+from ldm_jax.evals.networks import SCORING
 from ldm_jax.evals.prompt_sets import PROMPT_SETS
 from ldm_jax.files.durable import write_atomically
 from ldm_jax.models import BACKBONES, Backbone
@@ -177,6 +179,20 @@ class TrainConfig:
             )
 
 
+_DIRECTORY = "  {0}: directory of this network that scores; none: {0}/ beside the pretrained models"
+NetworkDirectories = dataclasses.make_dataclass(
+    "NetworkDirectories",
+    [(name, str | None, setting(None, path=absolute_path)) for name in SCORING],
+    frozen=True,
+    namespace={
+        "__doc__": "\n".join(
+            ["Directories of networks.\n\nAttributes:", *map(_DIRECTORY.format, SCORING)]
+        ),
+        "__module__": __name__,
+    },
+)
+
+
 @dataclasses.dataclass(frozen=True)
 class EvalConfig:
     """Evaluation in the loop, and of `ldm_jax.evaluate`."""
@@ -197,11 +213,7 @@ class EvalConfig:
     metrics: tuple[str, ...] = one_of(METRICS, ())  # names of scores; none: all that can be had
     # images that scores of sets are compared with: a source as data.source, or what ldm_jax.reference wrote (.npz)
     reference: str | None = setting(None, path=absolute_location)
-    # directory of the network that scores; none: that of its name beside the pretrained models
-    clip: str | None = setting(None, path=absolute_path)
-    inception: str | None = setting(None, path=absolute_path)  # as clip: FID's Inception-v3
-    dinov2: str | None = setting(None, path=absolute_path)  # as clip
-    lpips: str | None = setting(None, path=absolute_path)  # as clip
+    networks: NetworkDirectories = NetworkDirectories()
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -238,6 +250,13 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
+
+    @staticmethod
+    def upgrade(content: dict[str, Any]) -> dict[str, Any]:
+        """Moves the directories of scoring networks of an earlier config.json to `eval.networks`."""
+        section = dict(content.get("eval", {}))
+        moved = {name: section.pop(name) for name in SCORING if name in section}
+        return content | {"eval": {"networks": moved} | section}
 
 
 LENGTH = "train.examples"  # a run may be made longer

@@ -2,21 +2,18 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import Mesh
 
+from ldm_jax.evals.networks import SCORING, ScoringNetwork
 from ldm_jax.models import weights
 from ldm_jax.models.axes import TABLE
-from ldm_jax.models.clip import CLIPConfig, CLIPTextConfig
-from ldm_jax.models.dinov2 import Dinov2Config
-from ldm_jax.models.inception import InceptionConfig
-from ldm_jax.models.lpips import LPIPSConfig
+from ldm_jax.models.clip import CLIPTextConfig
 from ldm_jax.models.networks import described, make_network
-from ldm_jax.models.reader import ReaderConfig
 from ldm_jax.models.released import AUTOENCODER, TEXT
 from ldm_jax.models.t5 import T5Config
 from ldm_jax.models.text import T5_LENGTH, Ids, Text
@@ -26,32 +23,26 @@ from ldm_jax.parallel import shardings
 from ldm_jax.runs.config import EMBEDDED, RunConfig
 from ldm_jax.types import Cond, Images, Latent, Params, Tokens
 
-# The networks that score, by the name of their directory.
-SCORING = {
-    "clip": CLIPConfig,
-    "reader": ReaderConfig,
-    "inception": InceptionConfig,
-    "dinov2": Dinov2Config,
-    "lpips": LPIPSConfig,
-}
-
 
 class Network(NamedTuple):
-    """A frozen network: its config, its functions, and its parameters."""
+    """A frozen network: its config, its functions, its parameters, and the tokenizer of its own directory, if any."""
 
     config: Any
     apply: Callable[..., Any]
     params: Params
+    tokenizer: Tokenizer | None = None
+
+
+ScoringNetworks = Mapping[str, Network]  # by name, rows of `SCORING`
 
 
 class Pretrained(NamedTuple):
-    """The frozen networks of a run; of those that score, by name (`SCORING`), the ones that are there."""
+    """The frozen networks of a run; of those that score (`SCORING`) the ones that are there."""
 
     autoencoder: Network
     text: Text
     text_params: tuple[Params, ...]
-    scoring: Mapping[str, Network]
-    clip_tokenizer: Tokenizer | None
+    scoring: ScoringNetworks
     tile: int  # latent rows and columns that are decoded at a time; 0: all
 
     @property
@@ -77,11 +68,11 @@ class Pretrained(NamedTuple):
         return decode_tiled(decode, latents, tile=self.tile, overlap=self.tile // 4, factor=factor)
 
 
-def load_pretrained(config: RunConfig, mesh: Mesh) -> Pretrained:
+def load_pretrained(config: RunConfig, mesh: Mesh, scoring: ScoringNetworks) -> Pretrained:
     """Reads the directory `config.pretrained`, in Stable Diffusion's layout as diffusers writes it, onto the mesh.
 
-    That is `vae`, `text_encoder` and `tokenizer`, and in SDXL's case `text_encoder_2` and `tokenizer_2`; what scores is
-    as `load_scoring` has it. The text encoders are read as `config.text_precision` and compute in it; all else is
+    That is `vae`, `text_encoder` and `tokenizer`, and in SDXL's case `text_encoder_2` and `tokenizer_2`; `scoring` is
+    what `load_scoring` returns. The text encoders are read as `config.text_precision` and compute in it; all else is
     float32.
 
     Raises:
@@ -89,49 +80,46 @@ def load_pretrained(config: RunConfig, mesh: Mesh) -> Pretrained:
         tokenizer that does not fit its text encoder.
     """
     directory, load = pretrained_directory(config), _loader(config, mesh)
-    scoring, tokenizer = load_scoring(config, mesh)
     text, text_params = _load_text(directory, config, load)
-    return Pretrained(
-        autoencoder=load(directory / "vae"),
-        text=text,
-        text_params=text_params,
-        scoring=scoring,
-        clip_tokenizer=tokenizer,
-        tile=config.sampling.tile,
-    )
+    autoencoder = load(directory / "vae")
+    return Pretrained(autoencoder, text, text_params, scoring, config.sampling.tile)
 
 
-def load_scoring(config: RunConfig, mesh: Mesh) -> tuple[dict[str, Network], Tokenizer | None]:
-    """The networks that score, by name, and CLIP's tokenizer: those of `SCORING` that are there.
+def load_scoring(config: RunConfig, mesh: Mesh) -> ScoringNetworks:
+    """Reads the networks that score, those of `SCORING` that are there, by name.
 
-    Each is a directory in the layout of transformers or of `ldm_jax.convert`: the one that `config.eval` names, or the
-    one of its name in `config.pretrained`. Embedded are `clip` and `reader`, which answers questions about scenes.
+    Each is a directory in the layout of transformers or of `ldm_jax.convert`: the one that `eval.networks` names, or
+    the one of its name in `config.pretrained`. Embedded are `clip` and `reader`, which answers questions about scenes.
 
     Raises:
       FileNotFoundError, ValueError: as `load_pretrained`; or a directory that the config names is not there.
     """
     directory, load = pretrained_directory(config), _loader(config, mesh)
     networks = {}
-    for name in SCORING:
-        named = getattr(config.eval, name, None)
+    for name, row in SCORING.items():
+        named = getattr(config.eval.networks, name)
         path = Path(named or directory / name)
         if path.is_dir():
-            networks[name] = load(path)
-            _check_kind(networks[name], name, path)
+            networks[name] = _load_scoring(name, row, path, load)
         elif named:
-            raise FileNotFoundError(f"eval.{name} is {named!r}, and there is no such directory")
-    if "clip" not in networks:
-        return networks, None
-    path = Path(config.eval.clip or directory / "clip")
-    tokenizer = Tokenizer.from_directory(path)
-    _check_tokenizer(path, tokenizer, networks["clip"].config.text)
-    return networks, tokenizer
+            raise FileNotFoundError(
+                f"eval.networks.{name} is {named!r}, and there is no such directory"
+            )
+    return networks
 
 
-def _check_kind(network: Network, name: str, path: Path) -> None:
-    if not isinstance(network.config, SCORING[name]):
+def _load_scoring(
+    name: str, row: ScoringNetwork, path: Path, load: Callable[..., Network]
+) -> Network:
+    network = load(path)
+    if not isinstance(network.config, row.config):
         kind = type(network.config).__name__.removesuffix("Config")
         raise ValueError(f"{path} holds a network of the kind {kind}, and is to be the {name}")
+    if row.text is None:
+        return network
+    tokenizer = Tokenizer.from_directory(path)
+    _check_tokenizer(path, tokenizer, row.text(network.config))
+    return network._replace(tokenizer=tokenizer)
 
 
 def _loader(config: RunConfig, mesh: Mesh) -> Callable[..., Network]:
@@ -160,15 +148,13 @@ def abstract_pretrained(config: RunConfig, mesh: Mesh) -> tuple[Pretrained, str]
     texts = [dataclasses.replace(text, dtype=config.text_precision) for text in texts]
     place = functools.partial(shardings, table=TABLE, rules=config.mesh.pairs, mesh=mesh)
     vae = _abstract(autoencoder, "float32", place)
-    configs, applies, params = zip(
-        *(_abstract(text, config.text_precision, place) for text in texts), strict=True
-    )
+    networks = [_abstract(text, config.text_precision, place) for text in texts]
     ids = tuple(
         Ids(T5_LENGTH) if isinstance(text, T5Config) else Ids(text.max_position_embeddings)
         for text in texts
     )
-    text = Text(ids, configs, applies, config.data.size)
-    return Pretrained(vae, text, params, {}, None, config.sampling.tile), origin
+    text, params = _as_one(ids, networks, config)
+    return Pretrained(vae, text, params, {}, config.sampling.tile), origin
 
 
 def _abstract(config: Any, dtype: str, place: Callable[[Params], Any]) -> Network:
@@ -196,8 +182,16 @@ def _load_text(
         _check_tokenizer(directory, tokenizer, network.config)
         networks.append(network)
         tokenizers.append(tokenizer)
-    configs, applies, params = zip(*networks, strict=True)
-    return Text(tuple(tokenizers), configs, applies, config.data.size), params
+    return _as_one(tokenizers, networks, config)
+
+
+def _as_one(
+    tokenizers: Sequence[Tokenizer | Ids], networks: Sequence[Network], config: RunConfig
+) -> tuple[Text, tuple[Params, ...]]:
+    """Joins text encoders and their tokenizers; returns their parameters beside them."""
+    configs, applies = [each.config for each in networks], [each.apply for each in networks]
+    text = Text(tuple(tokenizers), tuple(configs), tuple(applies), config.data.size)
+    return text, tuple(network.params for network in networks)
 
 
 def _check_tokenizer(

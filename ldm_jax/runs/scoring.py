@@ -1,13 +1,12 @@
-"""Which scores a run has, what looks at its images for them, and what they are compared with."""
+"""The scores of a run: which it can have, the features that they are made of, and the reference set."""
 
 import collections
 import hashlib
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from etils import epath
-from jax.sharding import Mesh
 from tqdm import tqdm
 
 from ldm_jax.data import open_source
@@ -19,62 +18,63 @@ from ldm_jax.evals.references import Reference, SourceImages, Truth, provenance_
 from ldm_jax.evals.scores import Metric, OfImages, OfSets, Scores
 from ldm_jax.metrics.extractors import EXTRACTORS, TOKENS, TRUTH, Extractor
 from ldm_jax.models import weights
-from ldm_jax.models.tokenizer import Tokenizer
 from ldm_jax.parallel import distributed
-from ldm_jax.runs.config import RunConfig
-from ldm_jax.runs.pretrained import Network
+from ldm_jax.runs.pretrained import ScoringNetworks
+from ldm_jax.runs.run import Run
 from ldm_jax.types import Images, SomeImages
 
 _log = logging.getLogger(__name__)
 
 
 class Scoring(NamedTuple):
-    """What looks at images of a prompt set, and what comes of its features."""
+    """The feature extractors for a prompt set, the metrics computed from them, and the reference set, if any."""
 
     viewer: Viewer
     scores: Scores
+    reference: Reference | None
 
 
-def make_scoring(
-    config: RunConfig,
-    prompts: Prompts,
-    networks: Mapping[str, Network],
-    tokenizer: Tokenizer | None,
-    mesh: Mesh,
-    *,
-    reference: Reference | None = None,
-    truth: Truth | Images | None = None,
-) -> Scoring:
-    """The scores of `eval.metrics`, or all that can be had: of what is not, the reason is logged.
+def make_scoring(run: Run, prompts: Prompts, truth: Truth | Images | None = None) -> Scoring:
+    """Makes the scores of `eval.metrics`, or all that can be had: the reasons against the others are logged.
 
-    `networks` and `tokenizer` are what `load_scoring` gives; `truth` are the images that those drawn should be.
+    `truth` are the images that those drawn should be.
 
     Raises:
       ValueError: a score that is named cannot be had.
     """
-    read = {TOKENS: tokenizer(list(prompts.texts)) if tokenizer else None, TRUTH: truth}
+    reference = make_reference(run)
     known = reference.features if reference else {}
     chosen, reasons = {}, collections.defaultdict(list)
-    for name in config.eval.metrics or METRICS:
-        reason = _lacking(METRICS[name], networks, prompts, known, truth)
+    for name in run.config.eval.metrics or METRICS:
+        reason = _lacking(METRICS[name], run.scorers, prompts, known, truth)
         if not reason:
             chosen[name] = METRICS[name]
-        elif config.eval.metrics:
+        elif run.config.eval.metrics:
             raise ValueError(f"eval.metrics names {name}, which needs {reason}")
         else:
             reasons[reason].append(name)
     for reason, names in reasons.items():
-        _log.info("Not scored for want of %s: %s.", reason, ", ".join(names))
-    views = {}
-    for name in dict.fromkeys(metric.extractor for metric in chosen.values()):
-        extractor = make_extractor(name, networks)
-        views[name] = View(extractor, EXTRACTORS[name].network, read.get(EXTRACTORS[name].reads))
-    viewer = Viewer(views, mesh=mesh, batch=config.sampling.batch)
-    return Scoring(viewer, Scores(chosen, prompts, known))
+        _log.info("Skipped metrics (missing %s): %s.", reason, ", ".join(names))
+    extractors = dict.fromkeys(metric.extractor for metric in chosen.values())
+    views = {name: _view(name, run.scorers, prompts, truth) for name in extractors}
+    viewer = Viewer(views, mesh=run.mesh, batch=run.config.sampling.batch)
+    return Scoring(viewer, Scores(chosen, prompts, known), reference)
 
 
-def make_extractor(name: str, networks: Mapping[str, Network]) -> Extractor:
-    """A row of `EXTRACTORS`, of the network that it names."""
+def _view(
+    name: str, networks: ScoringNetworks, prompts: Prompts, truth: Truth | Images | None
+) -> View:
+    """An extractor beside what it reads by image: tokens of its network's own tokenizer, true images, or nothing."""
+    row, read = EXTRACTORS[name], None
+    if row.reads == TOKENS:
+        read = networks[row.network].tokenizer(list(prompts.texts))
+    elif row.reads == TRUTH:
+        read = truth
+    return View(make_extractor(name, networks), row.network, read)
+
+
+def make_extractor(name: str, networks: ScoringNetworks) -> Extractor:
+    """Makes the extractor of a row of `EXTRACTORS` from the network that the row names."""
     row = EXTRACTORS[name]
     network = networks[row.network] if row.network else None
     return row.kind.of(network and network.config, network and network.apply)
@@ -82,7 +82,7 @@ def make_extractor(name: str, networks: Mapping[str, Network]) -> Extractor:
 
 def _lacking(
     metric: Metric,
-    networks: Mapping[str, Network],
+    networks: ScoringNetworks,
     prompts: Prompts,
     reference: Mapping[str, Any],
     truth: Truth | Images | None,
@@ -90,7 +90,7 @@ def _lacking(
     """What a score needs and is not there, if anything."""
     row, count = EXTRACTORS[metric.extractor], len(prompts.texts)
     if row.network and row.network not in networks:
-        return f"the network {row.network} (eval.{row.network} names its directory)"
+        return f"the network {row.network} (eval.networks.{row.network} names its directory)"
     if row.reads == TRUTH and truth is None:
         return "the images that these should be"
     if isinstance(metric, OfImages):
@@ -109,60 +109,77 @@ def _lacking(
     return ""
 
 
-def make_reference(
-    config: RunConfig, workdir: epath.PathLike, networks: Mapping[str, Network], mesh: Mesh
-) -> Reference | None:
-    """The features that `eval.reference` names: of its file, or of its images, and then kept in WORKDIR/references.
+def make_reference(run: Run) -> Reference | None:
+    """Reads the features that `eval.reference` names, or computes those of its images and keeps them in the run.
 
     Raises:
       ValueError: they are of another network or size of images, or of no image.
       FileNotFoundError: no such file.
     """
-    spec = config.eval.reference
+    spec = run.config.eval.reference
     if spec is None:
         return None
-    names = compared(networks)
-    identities = {name: identity(name, networks) for name in names}
+    identities = {name: identity(name, run.scorers) for name in compared(run.scorers)}
     path = epath.Path(spec)
     if not spec.endswith(".npz"):
-        facts = repr((provenance(open_source(spec)), config.data.size, sorted(identities.items())))
-        digest = hashlib.sha256(facts.encode()).hexdigest()[:16]
-        path = epath.Path(workdir) / "references" / f"{digest}.npz"
+        facts = provenance(open_source(spec)), run.config.data.size, sorted(identities.items())
+        digest = hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
+        path = run.workdir / "references" / f"{digest}.npz"
         if not distributed.agreed(path.exists()):
-            found = measure(config, spec, networks, names, mesh)
+            found = measure(run, spec)
             if distributed.is_first():
                 found.write(path)
             return found
     reference = Reference.read(path)
-    reference.require(spec, size=config.data.size, extractors=identities)
+    reference.require(spec, size=run.config.data.size, extractors=identities)
     return reference
 
 
-def compared(networks: Mapping[str, Network]) -> list[str]:
-    """The extractors whose features sets are compared by, of those whose network is there."""
+def compared(networks: ScoringNetworks) -> list[str]:
+    """Names the extractors that scores of sets compare features of, where their network is there."""
     kinds = (metric for metric in METRICS.values() if isinstance(metric, OfSets))
     names = dict.fromkeys(metric.extractor for metric in kinds if metric.compared)
     return [name for name in names if EXTRACTORS[name].network in networks]
 
 
-def measure(
-    config: RunConfig, spec: str, networks: Mapping[str, Network], names: Sequence[str], mesh: Mesh
-) -> Reference:
-    """Features of all images of a source, by the extractors of these names; it shows its progress."""
-    source, size = open_source(spec), config.data.size
-    batch = config.sampling.batch
+def measure(run: Run, spec: str) -> Reference:
+    """Computes the features of all images of a source that sets are compared by, and shows its progress.
+
+    Raises ValueError where the run has no network that scores of sets are made of.
+    """
+    config, networks = run.config, run.scorers
+    if not (names := compared(networks)):
+        raise ValueError(
+            f"there is no network that scores of sets are made of: {config.pretrained} has none, and"
+            " eval.networks gives none of clip, inception and dinov2"
+        )
+    source, size, batch = open_source(spec), config.data.size, config.sampling.batch
     images = SourceImages(source, size=size, batch=batch, workers=config.data.workers)
     views = {name: View(make_extractor(name, networks), EXTRACTORS[name].network) for name in names}
     frozen = {name: network.params for name, network in networks.items()}
     with tqdm(total=len(source), unit=" images", disable=not distributed.is_first()) as bar:
         bar.set_description("reference")
-        features = Viewer(views, mesh=mesh, batch=batch)(frozen, _shown(images, bar))
+        features = Viewer(views, mesh=run.mesh, batch=batch)(frozen, _shown(images, bar))
     identities = {name: identity(name, networks) for name in names}
     return Reference(features, provenance_of(source, images, size=size, extractors=identities))
 
 
-def identity(name: str, networks: Mapping[str, Network]) -> tuple[str, str]:
-    """What features of an extractor depend on: its network, weights and config, and what is done to images before."""
+def write_reference(run: Run, spec: str, output: epath.Path) -> str:
+    """Writes the features of all images of a source to a file and returns a summary. Raises as `measure`."""
+    found = measure(run, spec)
+    if distributed.is_first():
+        found.write(output)
+    facts = found.provenance
+    widths = ", ".join(
+        f"{name} {by_name['image'].shape[1]}" for name, by_name in found.features.items()
+    )
+    return (
+        f"{output}: {facts.count} images of {facts.size} pixels, {facts.skipped} skipped; {widths}"
+    )
+
+
+def identity(name: str, networks: ScoringNetworks) -> tuple[str, str]:
+    """Returns what features of an extractor depend on: its network's weights and config, and its preprocessing."""
     row = EXTRACTORS[name]
     if not row.network:
         return "", row.kind.preprocessing

@@ -186,8 +186,12 @@ def to_json(config: Any) -> str:
 
 
 def from_json(text: str, cls: type[Config]) -> Config:
-    """The dataclass that `to_json` wrote; fields that are newer than the file take defaults."""
-    return from_config_dict(json.loads(text), cls)
+    """The dataclass that `to_json` wrote; fields that are newer than the file take defaults.
+
+    A class may have `upgrade(content) -> content`, for what files of earlier versions call otherwise.
+    """
+    upgrade = getattr(cls, "upgrade", lambda content: content)
+    return from_config_dict(upgrade(json.loads(text)), cls)
 
 
 def config_difference(old: str, new: str) -> list[Difference]:

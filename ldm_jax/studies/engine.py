@@ -5,8 +5,6 @@ commit, are not made again. A cell is a model, a sampler, a number of steps, a s
 is a line of WORKDIR/records.jsonl.
 """
 
-import argparse
-import contextlib
 import dataclasses
 import functools
 import itertools
@@ -18,16 +16,16 @@ import jax
 import numpy as np
 from etils import epath
 
-from ldm_jax import encode, train
 from ldm_jax.evals import LOWER_IS_BETTER
 from ldm_jax.evals.cells import Cell
 from ldm_jax.evals.features import Features
 from ldm_jax.evals.session import Session, Work, look
-from ldm_jax.evaluate import Opened, open_model
-from ldm_jax.files.durable import alone_in
 from ldm_jax.files.ledger import append_record, commit, read_records
-from ldm_jax.parallel import distributed, make_mesh
-from ldm_jax.runs import build
+from ldm_jax.parallel import distributed
+from ldm_jax.runs import evaluate as evaluation
+from ldm_jax.runs.encode import encode
+from ldm_jax.runs.run import Run, alone_among_runs
+from ldm_jax.runs.train import keep_programs, train
 from ldm_jax.settings.fields import PARAMETERS
 from ldm_jax.settings.schema import decisive
 from ldm_jax.studies.records import SamplingRecord
@@ -57,28 +55,28 @@ def run(study: SamplingStudy, workdir: epath.PathLike) -> list[SamplingRecord]:
         prompts than its models.
     """
     workdir = epath.Path(workdir)
-    workdir.mkdir(parents=True, exist_ok=True)
-    with alone_in(workdir) if distributed.is_first() else contextlib.nullcontext():
-        train.keep_programs(workdir)
+    with alone_among_runs(workdir):
+        keep_programs(workdir)
         found = [placed(model, workdir) for model in models(study)]
         ledger = Ledger(study, workdir / LEDGER, sum(count_cells(study, model) for model in found))
-        build.records(found[0].config, workdir)  # or it is in a bucket
+        first = Run(found[0].config, workdir)
+        first.records()  # or it is in a bucket
         if jax.process_count() == 1:
-            encode.main(argparse.Namespace(config=found[0].config, workdir=workdir))
+            encode(first)
         for model in found:
-            check_prompts(study, model, workdir)
+            check_prompts(study, Run(model.config, workdir))
         for model in found:
-            trained(model, home(model, workdir))
+            trained(model, Run(model.config, home(model, workdir)))
         for model in found:
-            sampled(study, model, home(model, workdir), ledger)
+            sampled(study, model, Run(model.config, home(model, workdir)), ledger)
         return ledger.records
 
 
-def check_prompts(study: SamplingStudy, model: Model, workdir: epath.Path) -> None:
+def check_prompts(study: SamplingStudy, run: Run) -> None:
     """Raises ValueError where a model has not as many prompts as the study is of."""
-    given = len(build.make_prompts(model.config, workdir).texts)
+    given = len(run.read_prompts().texts)
     if given != study.prompts:
-        spec = model.config.eval.prompts
+        spec = run.config.eval.prompts
         raise ValueError(f"the study is of {study.prompts} prompts, and {spec} has {given}")
 
 
@@ -96,14 +94,14 @@ def home(model: Model, workdir: epath.Path) -> epath.Path:
     return workdir / "models" / f"{model.name}-{digest[:8]}"
 
 
-def trained(model: Model, directory: epath.Path) -> None:
+def trained(model: Model, run: Run) -> None:
     """Trains a model, if that is not done."""
-    path, wanted = directory / "record.jsonl", model.config.train.examples
+    path, wanted = run.workdir / "record.jsonl", run.config.train.examples
     done = path.exists() and any(r.examples == wanted for r in read_records(RunRecord, path))
     if not distributed.agreed(bool(done)):
         _log.info("Training %s, of %.3g M parameters.", model.name, model.count.total.params / 1e6)
-        directory.mkdir(parents=True, exist_ok=True)
-        train.run(model.config, directory, Stopwatch("start"))
+        run.workdir.mkdir(parents=True, exist_ok=True)
+        train(run, Stopwatch("start"))
 
 
 class Ledger:
@@ -142,10 +140,9 @@ class Ledger:
         return record
 
 
-def sampled(study: SamplingStudy, model: Model, directory: epath.Path, ledger: Ledger) -> None:
+def sampled(study: SamplingStudy, model: Model, run: Run, ledger: Ledger) -> None:
     """Draws and scores every cell of a model that is not recorded; opens the model if there is one."""
-    mesh = make_mesh(model.config.mesh)
-    opener = functools.cache(functools.partial(open_model, model.config, directory, mesh))
+    opener = functools.cache(functools.partial(evaluation.Model, run))
     best: dict[int, float] = {}
     for way in model.ways:
         steps, first = way.sampling.steps, way.sampler == study.sampler
@@ -160,7 +157,7 @@ def cells(
     model: Model,
     way: Way,
     scales: Sequence[float],
-    opener: Callable[[], Opened],
+    opener: Callable[[], evaluation.Model],
     ledger: Ledger,
 ) -> Iterator[SamplingRecord | None]:
     """The records of a way, scale by scale, those that are not there made now; None on other processes."""
@@ -182,19 +179,20 @@ def cells(
         yield record
 
 
-def seen(opened: Opened, work: Work, code: str) -> tuple[Features | None, int, float]:
+def seen(opened: evaluation.Model, work: Work, code: str) -> tuple[Features | None, int, float]:
     """The features of a cell, which are made where they are not there: how many, and how many a second.
 
     On the first process; the others have None.
     """
-    cell = Cell(opened.workdir, work.label, work.facts | {"code": code})
-    session = Session(opened.workdir, opened.scoring.scores, {}, 0, False, {})
+    workdir = opened.run.workdir
+    cell = Cell(workdir, work.label, work.facts | {"code": code})
+    session = Session(workdir, opened.scoring.scores, {}, 0, False, {})
     drawn, rate = look(session, work, cell)
     return cell.finish() if distributed.is_first() else None, drawn, rate
 
 
 def described(
-    study: SamplingStudy, model: Model, way: Way, opened: Opened, features: Features
+    study: SamplingStudy, model: Model, way: Way, opened: evaluation.Model, features: Features
 ) -> dict[str, Any]:
     """What a record says of a cell, but for its guidance, its seed and its time."""
     scores = opened.scoring.scores(features)

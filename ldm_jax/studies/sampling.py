@@ -12,12 +12,11 @@ from ldm_jax import diffusion
 from ldm_jax.diffusion import SAMPLERS
 from ldm_jax.evals import METRICS
 from ldm_jax.evals.scores import OfSets
-from ldm_jax.models.flops import Count, count
-from ldm_jax.parallel import make_mesh
+from ldm_jax.models.flops import Count
 from ldm_jax.parallel.chips import slice_named
-from ldm_jax.planning.programs import parts
-from ldm_jax.runs import build
+from ldm_jax.planning.programs import Planned
 from ldm_jax.runs.config import RunConfig, SamplingConfig
+from ldm_jax.runs.run import Run
 from ldm_jax.settings.fields import IMAGES, PARAMETERS, SCORES, check_name
 from ldm_jax.settings.ranges import check_seed
 from ldm_jax.settings.schema import decisive
@@ -137,13 +136,13 @@ class Model(NamedTuple):
 def models(study: SamplingStudy) -> list[Model]:
     """Every model with its ways; of shapes alone.
 
-    Raises as `programs.parts` and `build.walk`, and ValueError where a model costs too much to be sampled at all.
+    Raises as `Planned.frozen` and `Run.walk`, and ValueError where a model costs too much to be sampled at all.
     """
-    counts = {name: forward(config) for name, config in study.models.items()}
-    unit = counts[study.baseline].total.flops
+    runs = {name: Planned(config) for name, config in study.models.items()}
+    unit = runs[study.baseline].count.total.flops
     found = [
-        Model(name, config, counts[name], tuple(ways(study, config, counts[name], unit)))
-        for name, config in study.models.items()
+        Model(name, run.config, run.count, tuple(ways(study, run, unit)))
+        for name, run in runs.items()
     ]
     for model in found:
         if not model.ways:
@@ -151,27 +150,21 @@ def models(study: SamplingStudy) -> list[Model]:
     return found
 
 
-def forward(config: RunConfig) -> Count:
-    """What a forward pass of a run's backbone costs for one image."""
-    made = parts(config, make_mesh(config.mesh))
-    return count(config.backbone, made.side, made.pretrained.text.tokenizers[0].max_length)
-
-
-def ways(study: SamplingStudy, config: RunConfig, counted: Count, unit: int) -> Iterator[Way]:
+def ways(study: SamplingStudy, run: Run, unit: int) -> Iterator[Way]:
     """How a model is sampled, as far as its cost may go; `unit` is what costs 1."""
     for steps in study.steps:
         others = (name for name, own in study.others.items() if steps in own)
-        found = [way(config, name, steps, counted, unit) for name in (study.sampler, *others)]
+        found = [way(run, name, steps, unit) for name in (study.sampler, *others)]
         if found[0].cost <= study.cost:  # without it no guidance is the best
             yield from (each for each in found if each.cost <= study.cost)
 
 
-def way(config: RunConfig, name: str, steps: int, counted: Count, unit: int) -> Way:
-    """A sampler at a number of steps. Raises as `build.walk`."""
-    sampling = dataclasses.replace(config.sampling, sampler=SAMPLERS[name](), steps=steps)
-    own, once = dataclasses.replace(config, sampling=sampling), counted.total.flops
-    passes = int(diffusion.calls(sampling.sampler, build.walk(own)).sum())
-    return Way(name, sampling, passes * once / unit, float(build.evaluations(own) * once))
+def way(run: Run, name: str, steps: int, unit: int) -> Way:
+    """A sampler at a number of steps. Raises as `Run.walk`."""
+    sampling = dataclasses.replace(run.config.sampling, sampler=SAMPLERS[name](), steps=steps)
+    own, once = run.sampled_by(sampling), run.count.total.flops
+    passes = int(diffusion.calls(sampling.sampler, own.walk()).sum())
+    return Way(name, sampling, passes * once / unit, float(own.evaluations() * once))
 
 
 def scales_of(study: SamplingStudy, way: Way) -> int:

@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import pytest
 
-from ldm_jax.parallel import MeshConfig, make_mesh
+from ldm_jax.parallel import MeshConfig
 from ldm_jax.planning import layouts, programs
 from ldm_jax.planning.aot import topology
 from ldm_jax.runs.config import RunConfig
@@ -39,7 +39,8 @@ def test_a_device_holds_its_part_of_a_state_its_gradient_and_what_is_kept_of_its
     config, devices, found
 ):
     """20 bytes a parameter, in one part: itself, its average, two moments and its gradient."""
-    network = programs.parts(config, make_mesh(MeshConfig(data=1), devices[:1])).network
+    alone = dataclasses.replace(config, mesh=MeshConfig(data=1))
+    network = programs.Planned(alone, devices=devices[:1]).network
     shapes = jax.eval_shape(network.init, jax.random.key(0))
     params = sum(leaf.size for leaf in jax.tree.leaves(shapes))
     layout = layouts.Layout(1, 8, 1, 1, "full")

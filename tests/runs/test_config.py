@@ -110,6 +110,15 @@ def test_a_run_may_continue_with_a_library_that_has_more_settings(tmp_path):
         claim(dataclasses.replace(config, data=DataConfig(max_caption=5)), tmp_path)
 
 
+def test_a_stored_config_of_before_the_section_of_networks_is_read():
+    content = json.loads(to_json(RunConfig()))
+    content["eval"] |= {"clip": "/clips", "inception": None}
+    del content["eval"]["networks"]
+    read = from_json(json.dumps(content), RunConfig)
+    assert read.eval.networks.clip == "/clips"
+    assert dataclasses.replace(read, eval=RunConfig().eval) == RunConfig()
+
+
 LEAVES = {setting.path: setting for setting in settings(RunConfig)}
 REGISTRIES = {path.removesuffix(".name") for path in LEAVES if path.endswith(".name")}
 NUMBERS = [path for path, setting in LEAVES.items() if "range" in setting.metadata]
