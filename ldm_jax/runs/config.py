@@ -254,8 +254,11 @@ class RunConfig:
     @staticmethod
     def upgrade(content: dict[str, Any]) -> dict[str, Any]:
         """Moves the directories of scoring networks of an earlier config.json to `eval.networks`."""
-        section = dict(content.get("eval", {}))
-        moved = {name: section.pop(name) for name in SCORING if name in section}
+        section = content.get("eval", {})
+        if not isinstance(section, dict):  # which is refused with its path
+            return content
+        moved = {name: section[name] for name in SCORING if name in section}
+        section = {name: value for name, value in section.items() if name not in moved}
         return content | {"eval": {"networks": moved} | section}
 
 

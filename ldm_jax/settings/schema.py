@@ -191,7 +191,9 @@ def from_json(text: str, cls: type[Config]) -> Config:
     A class may have `upgrade(content) -> content`, for what files of earlier versions call otherwise.
     """
     upgrade = getattr(cls, "upgrade", lambda content: content)
-    return from_config_dict(upgrade(json.loads(text)), cls)
+    content = json.loads(text)
+    _require_section(content, "config")
+    return from_config_dict(upgrade(content), cls)
 
 
 def config_difference(old: str, new: str) -> list[Difference]:

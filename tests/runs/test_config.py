@@ -14,6 +14,7 @@ from ldm_jax.runs.config import (
     EMBEDDED,
     DataConfig,
     EvalConfig,
+    NetworkDirectories,
     RunConfig,
     SamplingConfig,
     TrainConfig,
@@ -30,6 +31,7 @@ from ldm_jax.settings.schema import (
     settings,
     to_config_dict,
     to_json,
+    values,
     with_absolute_paths,
 )
 from ldm_jax.training.optimizer import OptimizerConfig
@@ -245,6 +247,25 @@ def test_what_cannot_be_is_answered_by_its_path(path, value, said):
     assert answer(path, value).startswith(said)
 
 
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("5", "config is 5; it is a section of settings"),
+        ("null", "config is None; it is a section"),
+        ('{"eval": 5}', "config.eval is 5; it is a section"),
+        ('{"eval": {"networks": []}}', r"config.eval.networks is \[\]; it is a section"),
+        ('{"backbone": {"name": "unet", "unet": 5}}', "config.backbone.unet is 5; it is a section"),
+        ('{"backbone": {"unet": {}}}', "config.backbone.name is None"),
+        ('{"train": {"ema": NaN}}', "config.train.ema is nan; it is at least 0"),
+        ('{"train": {"ema": 1e999}}', "config.train.ema is inf; it is at least 0, and no larger"),
+        ('{"seed": 1' + "0" * 5000 + "}", "digits"),
+    ],
+)
+def test_json_of_another_kind_is_refused_in_a_sentence(text, said):
+    with pytest.raises(ValueError, match=said):
+        from_json(text, RunConfig)
+
+
 def begun(workdir, config, trained=64):
     """A run's directory with a checkpoint."""
     claim(config, workdir)
@@ -267,7 +288,14 @@ FREE = [
     {"train": {"examples": 2_000_000}},
     {"train": {"explosion": 30.0, "log_every": 1, "keep": 9, "profile": (0, 64)}},
     {"backbone": {"remat": "full", "dtype": "bfloat16"}},
-    {"eval": {"metrics": ("kid",), "reference": "scenes:full", "clip": "/clip", "every": 7}},
+    {
+        "eval": {
+            "metrics": ("kid",),
+            "reference": "scenes:full",
+            "networks": NetworkDirectories("/clip"),
+            "every": 7,
+        }
+    },
     {"data": {"records": "/latents", "workers": 9, "max_skipped": 1.0}},
     {"sampling": {"batch": 1}},
     {"mesh": {"fsdp": 8}},
@@ -355,9 +383,9 @@ PATHS = {
     "data.records": "~/latents",
     "eval.prompts": "file:prompts.txt?count=3&seed=1",
     "eval.reference": "set.npz",
-    "eval.clip": "./x/../clip",
-    "eval.inception": "gs://bucket/i",
-    "eval.dinov2": "/d",
+    "eval.networks.clip": "./x/../clip",
+    "eval.networks.inception": "gs://bucket/i",
+    "eval.networks.dinov2": "/d",
 }
 
 
@@ -366,8 +394,7 @@ def test_paths_of_the_command_line_mean_the_same_from_any_directory(tmp_path, mo
     monkeypatch.setenv("HOME", "/home/me")
     words = [f"--config={CONFIGS[0]}", "--workdir=~/run"]
     flags = parse([*words, *(f"--config.{path}={text}" for path, text in PATHS.items())], RunConfig)
-    found = json.loads(to_json(flags.config))
-    found |= {f"{name}.{key}": found[name][key] for name in ("data", "eval") for key in found[name]}
+    found = values(flags.config)
     assert {path: found[path] for path in PATHS} == {
         "pretrained": f"{tmp_path}/sd",
         "data.source": f"folder:{tmp_path}/photos?caption=a//b",
@@ -375,9 +402,9 @@ def test_paths_of_the_command_line_mean_the_same_from_any_directory(tmp_path, mo
         "data.records": "/home/me/latents",
         "eval.prompts": f"file:{tmp_path}/prompts.txt?count=3&seed=1",
         "eval.reference": f"{tmp_path}/set.npz",
-        "eval.clip": f"{tmp_path}/clip",
-        "eval.inception": "gs://bucket/i",
-        "eval.dinov2": "/d",
+        "eval.networks.clip": f"{tmp_path}/clip",
+        "eval.networks.inception": "gs://bucket/i",
+        "eval.networks.dinov2": "/d",
     }
     assert str(flags.workdir) == "/home/me/run"
     assert with_absolute_paths(flags.config) == flags.config
