@@ -29,7 +29,7 @@ def abstract_step(config, rows, side=None, *, ema=0, place=None):
     state = abstract_state(network.init, tx, places, ema=bool(ema))
     batch = Batch(
         latents=shape((rows, side, side, config.in_channels), jnp.float32),
-        text=Cond(shape((rows, 77, config.text_width), config.dtype)),
+        cond=Cond(shape((rows, 77, config.text_width), config.dtype)),
         weight=shape((rows,), jnp.float32),
         index=shape((rows,), jnp.uint32),
     )

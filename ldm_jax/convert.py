@@ -8,9 +8,9 @@
 From a run comes its newest checkpoint's backbone, with the frozen models that it was trained with and its schedule:
 what `StableDiffusionPipeline.from_pretrained` opens (`StableDiffusionXLPipeline`, `PixArtAlphaPipeline`). From a
 pipeline's directory every network is read, checked, and written anew in full or half precision, a file at a time;
-tokenizers, the scheduler and whatever else is there are copied. Files are those of torch.save that the authors of
-Inception for FID, LPIPS (its linear layers, and torchvision's network below them) and DINOv2 released; they become the
-directory of a network. Torch is not needed, and no code that is in them is run.
+their settings, tokenizers, the scheduler and whatever else is there are kept. Files are those of torch.save that the
+authors of Inception for FID, LPIPS (its linear layers, and torchvision's network below them) and DINOv2 released; they
+become the directory of a network. Torch is not needed, and no code that is in them is run.
 """
 
 import argparse

@@ -49,12 +49,12 @@ class Cond(NamedTuple):
 class Batch(NamedTuple):
     """One training batch.
 
-    `text` is tokens, a Cond, or any other pytree [B, ...] that the loss knows how to encode; `weight` 0 marks padding;
+    `cond` is tokens, a Cond, or any other pytree [B, ...] that the objective takes; `weight` 0 marks padding;
     `index` is each example's position in the global order.
     """
 
     latents: Latent
-    text: Any
+    cond: Any
     weight: PerExample
     index: UInt32[Arr, " B"]
 

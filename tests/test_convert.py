@@ -191,6 +191,8 @@ def test_torchvision_s_inception_is_not_taken_for_that_of_fid(inception, tmp_pat
 
 def test_what_makes_no_network_is_said_and_leaves_nothing(inception, tmp_path):
     linear, trunk = in_two_files("alex", tmp_path)
+    odd = saved(tmp_path / "odd.pth", {"Conv2d_1a_3x3.conv.weight": np.ones(3)})
+    flat = saved(tmp_path / "flat.pth", {f"lin{i}.model.1.weight": np.ones(3) for i in range(2)})
     broken, unknown = tmp_path / "broken.pth", saved(tmp_path / "unknown.pth", {"a": np.ones(2)})
     broken.write_bytes(linear.read_bytes()[:-100])
     part = saved(tmp_path / "part.pth", {"lin0.model.1.weight": np.ones((1, 64, 1, 1))})
@@ -203,6 +205,8 @@ def test_what_makes_no_network_is_said_and_leaves_nothing(inception, tmp_path):
         ([trunk], rf"alex-trunk\.pth has no tensors by {names}"),
         ([unknown], rf"unknown\.pth has no tensors by {names}"),
         ([part], r"part\.pth holds LPIPS in part: it lacks 'lin1\.model\.1\.weight'"),
+        ([odd], r"odd\.pth: Conv2d_1a_3x3\.conv\.weight has the shape \[3\]; it must have 4 dims"),
+        ([flat], r"flat\.pth: lin0\.model\.1\.weight has the shape \[3\]; it must have 4 dims"),
         ([broken], r"broken\.pth is not a dict of tensors as torch\.save writes it"),
         ([linear, trunk, trunk], r"trunk\.pth has two tensors for features\.0\.bias"),
         ([linear, tmp_path], "--from is given 2 times, which is for files alone"),

@@ -16,7 +16,7 @@ LAYERS = {
     **dict.fromkeys(("diffusion", "nn", "parallel", "files", "settings"), 1),
     "models": 2,
     **dict.fromkeys(("data", "metrics"), 3),
-    **dict.fromkeys(("evals", "training", "pages"), 4),
+    **dict.fromkeys(("evals", "training", "pages", "tasks"), 4),
     **dict.fromkeys(("runs", "planning"), 5),
     "studies": 6,
     **dict.fromkeys(

@@ -4,6 +4,7 @@ The autoencoder and CLIP's tokenizer are the embedded ones; text encoders are dr
 """
 
 import dataclasses
+import json
 import shutil
 import warnings
 from pathlib import Path
@@ -16,17 +17,22 @@ from PIL import Image
 from safetensors.numpy import load_file
 
 from ldm_jax import convert, encode, sample, train
-from ldm_jax.diffusion import initial_noise
+from ldm_jax.diffusion import Leading, initial_noise
 from ldm_jax.models import weights
 from ldm_jax.models.clip import CLIPTextConfig
 from ldm_jax.models.networks import KINDS, make_network
 from ldm_jax.models.pixart_config import PixArtConfig
 from ldm_jax.models.t5 import T5Config
 from ldm_jax.models.uvit_config import UViTConfig
+from ldm_jax.parallel import MeshConfig
+from ldm_jax.planning import programs
 from ldm_jax.runs.config import RunConfig
 from ldm_jax.runs.convert import INDEX, model_index
+from ldm_jax.runs.encode import encode as encode_run
+from ldm_jax.runs.initial import pipeline_config
 from ldm_jax.runs.pretrained import pretrained_directory
 from ldm_jax.runs.run import Run
+from ldm_jax.runs.sample import draw
 from ldm_jax.settings.command_line import UsageError, parse
 
 T5_TOKENIZER = Path(__file__).parent / "goldens" / "t5_tokenizer"
@@ -159,6 +165,80 @@ def test_tensors_of_a_pipeline_come_out_bit_for_bit(tmp_path, dtype):
         assert (tmp_path / "second" / path).read_bytes() == (source / path).read_bytes()
 
 
+# What diffusers and transformers need, and the networks here do not; with values that are not their defaults.
+SETTINGS = {
+    "sd1.5": {"unet": {"attention_head_dim": 4, "class_embeddings_concat": True}, "vae": {}},
+    "sd2.1": {"unet": {"upcast_attention": True, "addition_embed_type_num_heads": 32}, "vae": {}},
+    "sdxl": {"unet": {"upcast_attention": None}, "vae": {"force_upcast": False}},
+    "pixart": {"transformer": {"num_embeds_ada_norm": 500, "norm_num_groups": 16}, "vae": {}},
+}
+NEW = {"sample_size": 48, "_diffusers_version": "0.24.0", "_name_or_path": "somewhere"}
+
+
+def pipeline_with_settings(name, directory):
+    """Networks of one released pipeline, small, whose config.json say more than the networks here need."""
+    kind = "sd2.1" if name == "sd1.5" else name
+    config_of(kind, directory)
+    (directory / INDEX).write_text("{}")
+    part = "transformer" if name == "pixart" else "unet"
+    backbone = BACKBONES[kind]
+    if name == "sd1.5":
+        backbone = dataclasses.replace(backbone, num_heads=4, use_linear_projection=False)
+    params = make_network(backbone).init(jax.random.key(0))
+    weights.save(directory / part, params, backbone.names, backbone.to_diffusers())
+    for changed, settings in SETTINGS[name].items():
+        rewrite(directory / changed, {**NEW, **settings})
+    rewrite(
+        directory / "text_encoder",
+        {"torch_dtype": "float32", "dtype": "float32", "attention_dropout": 0.25},
+    )
+
+
+def rewrite(directory, settings):
+    file = directory / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **settings}))
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_every_setting_of_a_pipeline_survives_in_half_precision(tmp_path, name):
+    pipeline_with_settings(name, tmp_path / "from")
+    converted(tmp_path / "from", tmp_path / "to", "--dtype=float16")
+    for part in (*SETTINGS[name], "text_encoder"):
+        before, after = (weights.read_config(tmp_path / to / part) for to in ("from", "to"))
+        stored = dict.fromkeys(weights.STORED, "float16") if part == "text_encoder" else {}
+        assert after == {**before, **stored}
+    for part in SETTINGS[name]:
+        before, after = (known_to_diffusers(tmp_path / to / part) for to in ("from", "to"))
+        assert before == after and before["sample_size"] == 48
+
+
+def known_to_diffusers(directory):
+    """The settings that their class has after `from_config`, but for the version that wrote them."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        diffusers = pytest.importorskip("diffusers")
+        kind = getattr(diffusers, weights.read_config(directory)["_class_name"])
+        model = kind.from_config(kind.load_config(directory))
+    return {key: value for key, value in model.config.items() if not key.startswith("_")}
+
+
+@pytest.mark.parametrize("content", ["5", "null", "[]"])
+def test_an_index_of_another_kind_is_refused(tmp_path, content):
+    (tmp_path / INDEX).write_text(content)
+    with pytest.raises(ValueError, match=rf"{INDEX} holds .*; it must be an object"):
+        converted(tmp_path, tmp_path / "to")
+
+
+def test_a_clip_whose_tokenizer_says_no_length_has_that_of_its_text_tower(tmp_path):
+    config = config_of("sd2.1", tmp_path / "pretrained")
+    path = tmp_path / "pretrained" / "tokenizer" / "tokenizer_config.json"
+    values = json.loads(path.read_text())
+    del values["model_max_length"]
+    path.write_text(json.dumps(values))
+    text = Run(config).frozen.text
+    assert text.tokenizers[0].max_length == CLIP.max_position_embeddings
+
+
 def test_what_cannot_be_converted_is_said_and_leaves_nothing(tmp_path):
     with pytest.raises(FileNotFoundError, match="is neither a run"):
         converted(tmp_path / "nothing", tmp_path / "to")
@@ -234,6 +314,13 @@ def test_a_precision_that_there_is_not_is_refused_by_name(tmp_path):
     ("name", "changes", "sentence"),
     [
         ("sdxl", {"text_width": 32}, "text_width is 32, and the pretrained models have 64"),
+        ("sdxl", {"text_width": 32}, r"give --config\.backbone\.unet\.text_width=64, or --config"),
+        (
+            "sdxl",
+            {"out_channels": 2, "text_width": 8},
+            r"give --config\.backbone\.unet\.text_width=64 --config\.backbone\.unet\.out_channels=4,",
+        ),
+        ("pixart", {"text_width": 8}, r"give --config\.backbone\.pixart\.text_width=32, or"),
         ("sdxl", {"pooled_width": 8}, "pooled_width is 8, and the pretrained models have 24"),
         ("pixart", {"in_channels": 2}, "in_channels is 2, and the pretrained models have 4"),
     ],
@@ -243,3 +330,80 @@ def test_a_backbone_that_does_not_fit_the_directory_is_refused(shelf, name, chan
     config = config_of(name, shelf / name, backbone=backbone)
     with pytest.raises(ValueError, match=sentence):
         _ = Run(config).network
+
+
+@pytest.mark.parametrize("stored", [False, True])
+@pytest.mark.parametrize("name", [*BACKBONES, "uvit"])
+def test_what_is_planned_is_what_runs(shelf, tmp_path, name, stored):
+    """Shapes and dtypes of a planned batch are those that the loader reads, and the step takes both."""
+    kind = "sd2.1" if name == "uvit" else name
+    backbone = UViTConfig(text_width=32, width=24, depth=2, num_heads=2, sample_size=8)
+    changes = {"backbone": backbone} if name == "uvit" else {}
+    config = config_of(kind, shelf / kind, **changes)
+    data = dataclasses.replace(config.data, text_embeddings=stored, source="scenes:simple?count=8")
+    run = Run(dataclasses.replace(config, data=data), tmp_path)
+    encode_run(run)
+    loader = run.loader()
+    read, planned = next(loader), programs.batch(programs.Planned(run.config))
+    loader.close()
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), read) == jax.tree.map(
+        lambda x: (x.shape, x.dtype), planned
+    )
+    state = run.training.abstract
+    _, scalars = jax.eval_shape(run.training.step, state, run.frozen.params, read)
+    assert scalars["loss"].shape == ()
+
+
+def written_by_diffusers(directory):
+    """A pipeline of Stable Diffusion 1.5's structure at a small width, its UNet and scheduler diffusers' own."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch, diffusers = pytest.importorskip("torch"), pytest.importorskip("diffusers")
+        torch.manual_seed(0)
+        unet = diffusers.UNet2DConditionModel(
+            sample_size=8,
+            block_out_channels=(16, 32),
+            layers_per_block=2,
+            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+            cross_attention_dim=32,
+            attention_head_dim=2,
+            norm_num_groups=8,
+        )
+        scheduler = diffusers.DDIMScheduler(
+            beta_schedule="scaled_linear",
+            beta_start=0.00085,
+            beta_end=0.012,
+            steps_offset=1,
+            set_alpha_to_one=False,
+            clip_sample=False,
+        )
+        config_of("sd2.1", directory)
+        unet.save_pretrained(directory / "unet")
+        scheduler.save_pretrained(directory / "scheduler")
+    index = {**model_index(TINY_UNET, Run(config_of("sd2.1", directory)).frozen.text)}
+    (directory / INDEX).write_text(json.dumps(index))
+    return directory
+
+
+TINY_UNET = BACKBONES["sd2.1"]
+
+
+def test_a_pipeline_that_diffusers_wrote_gives_the_images_that_diffusers_gives(tmp_path):
+    """As the beginning of a run on another mesh, before its first step."""
+    directory = written_by_diffusers(tmp_path / "sd2.1")
+    config = pipeline_config(directory, tiny.TINY)
+    assert (config.prediction, config.sampling.spacing, config.data.size) == ("eps", Leading(), 64)
+    run = Run(dataclasses.replace(config, mesh=MeshConfig(fsdp=4)), tmp_path / "run")
+    params = run.state().params
+    assert len(jax.tree.leaves(params)[0].sharding.device_set) == 8
+    ours = draw(run, run.generate(), params, [PROMPT], 1)[0].astype(int)
+    key = jax.random.fold_in(jax.random.fold_in(run.key("sample"), 0), 0)
+    noise = np.asarray(initial_noise(key[None], (8, 8, 4)))
+    theirs = drawn_by_diffusers(directory, config, noise)
+    assert np.std(ours) > 5
+    assert np.abs(ours - theirs).max() <= 2
+    with pytest.raises(
+        ValueError, match=r"prediction is v, and .* predict eps: give --config.pred"
+    ):
+        Run(dataclasses.replace(run.config, prediction="v")).initial()

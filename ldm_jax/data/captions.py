@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from ldm_jax.data.sources import Skip
+from ldm_jax.data.text import is_unicode
 from ldm_jax.settings.fields import check_fields, setting
 
 _STREAM = 0x63617074  # keeps these draws apart from others made from the same two numbers
@@ -29,16 +30,18 @@ def check_captions(captions: Sequence[str], limit: int = 4000) -> tuple[str, ...
     """The captions without white space around them.
 
     Raises:
-      Skip: if there is none, or one that is blank, longer than `limit` characters, or was not UTF-8.
+      Skip: if there is none, or one that is blank, longer than `limit` characters, has a NUL, or was not UTF-8.
     """
     if not captions:
         raise Skip("no caption")
     for caption in captions:
         if len(caption) > limit:
             raise Skip(f"caption longer than {limit} characters")
+        if "\0" in caption:
+            raise Skip("NUL in caption")
         if not caption.strip():
             raise Skip("empty caption")
-        if any("\ud800" <= character <= "\udfff" for character in caption):
+        if not is_unicode(caption):
             raise Skip("caption is not UTF-8")
     return tuple(caption.strip() for caption in captions)
 

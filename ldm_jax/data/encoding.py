@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import grain
+import jax
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 from flax import serialization
@@ -32,9 +33,11 @@ from ldm_jax.data.latents import (
     Record,
     Shard,
     pack,
+    shard_name,
 )
 from ldm_jax.data.sources import Skip, Source, provenance
 from ldm_jax.files.durable import alone_in, claim, explained_disk_errors, publish, write_atomically
+from ldm_jax.files.typed_json import read_json
 from ldm_jax.parallel import one_ahead
 from ldm_jax.types import Cond, Images, Latent
 
@@ -75,6 +78,7 @@ class _Statistics:
 
     records: int = 0
     bytes: int = 0
+    first_key: str = ""
     shape: list[int] = dataclasses.field(default_factory=list)
     total: list[float] = dataclasses.field(default_factory=list)  # sums over each channel
     squares: list[float] = dataclasses.field(default_factory=list)
@@ -190,18 +194,18 @@ class _Job:
         total = len(self.source)
         for number, first in enumerate(range(0, total, self.items_per_shard)):
             items = range(first, min(first + self.items_per_shard, total))
-            yield self.directory / f"latents-{number:05d}.array_record", items
+            yield self.directory / shard_name(number), items
 
     def run(self, bar: tqdm) -> tuple[list[Shard], _Statistics]:
         """Makes the shards that are not there yet; returns all of them, and their statistics in sum."""
         shards, whole = [], _Statistics()
         for path, items in self.shards():
             if _statistics_of(path).exists():
-                shard = _Statistics(**json.loads(_statistics_of(path).read_bytes()))
+                shard = read_json(_statistics_of(path), _Statistics)
             else:
                 shard = self._make_shard(path, items, whole, bar)
             whole.merge(shard)
-            shards.append(Shard(path.name, shard.records, shard.bytes))
+            shards.append(Shard(path.name, shard.records, shard.bytes, shard.first_key))
         self._check_skipped(whole)
         return shards, whole
 
@@ -213,6 +217,7 @@ class _Job:
             # The accelerator works on one batch while the one before it is written.
             for examples, z in one_ahead((each, self._start(each)) for each in batches):
                 for record in self._records(examples, z, shard):
+                    shard.first_key = shard.first_key or record.key
                     writer.write(pack(record))
         shard.bytes = partial.stat().st_size
         publish(partial, path)
@@ -288,11 +293,25 @@ def _decode(source: Source, size: int, limits: Limits, index: int) -> _Example |
     key = f"item {index}"
     try:
         item = source[index]
-        key = item.key
+        key = _printable(item.key)
+        if key != item.key:
+            raise Skip("name is not UTF-8")
         image = to_square(item.image, size, min_side=limits.min_side)
         return _Example(key, image, check_captions(item.captions, limits.max_caption))
     except Skip as skip:
-        return Skip(skip.reason, skip.key or key)
+        return Skip(skip.reason, _printable(skip.key or key))
+
+
+def _printable(key: str) -> str:
+    """Returns a key with an escape for each surrogate, which stands for bytes of a name that were not UTF-8."""
+    return key.encode("utf-8", "backslashreplace").decode()
+
+
+def stored(cond: Cond) -> dict[str, np.ndarray]:
+    """Returns the fields that a `Cond` has as they are stored: numbers in float16, sizes in pixels in float32."""
+    present = {name: np.asarray(x) for name, x in cond._asdict().items() if x is not None}
+    exact = {"mask": bool, "sizes": np.float32}
+    return {name: x.astype(exact.get(name, np.float16)) for name, x in present.items()}
 
 
 def _embed(
@@ -302,11 +321,7 @@ def _embed(
     flat = [caption for group in captions for caption in group]
     padded = flat + [""] * (-len(flat) % batch)
     conds = [text.encode(padded[i : i + batch]) for i in range(0, len(padded), batch)]
-    columns = {}
-    for name in ("tokens", "mask", "pooled"):
-        if getattr(conds[0], name) is not None:
-            column = np.concatenate([np.asarray(getattr(cond, name)) for cond in conds])
-            columns[name] = column.astype(bool if name == "mask" else np.float16)
+    columns = stored(jax.tree.map(lambda *parts: np.concatenate(parts), *conds))
     ends = np.cumsum([len(group) for group in captions])
     starts = [0, *ends[:-1]]
     return [
@@ -335,4 +350,5 @@ def _summarise(
         autoencoder=autoencoder,
         text_encoder=job.text.fingerprint if job.text else "",
         shards=tuple(shards),
+        left_out=dict(getattr(job.source, "left_out", {})),
     )

@@ -4,9 +4,24 @@ import io
 
 import numpy as np
 from jaxtyping import UInt8
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 from ldm_jax.data.sources import Skip
+from ldm_jax.data.stripping import strip_metadata
+
+# Endings of the names of image files; of several files of one sample the first ending counts.
+ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".avif", ".jfif", ".jpe", ".apng", ".jp2")
+ENDINGS += (".bmp", ".dib", ".gif", ".tif", ".tiff")
+
+_UPRIGHT = {  # by the Exif orientation
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 def to_square(
@@ -15,7 +30,8 @@ def to_square(
     """The centre of an image at `size` pixels, upright, in RGB; transparent parts become white.
 
     The Exif orientation is applied, 16-bit grey is scaled to 8 bits, and the largest square in the centre is
-    resized by Lanczos' windowed sinc, which averages over all the pixels that fall into one.
+    resized by Lanczos' windowed sinc, which averages over all the pixels that fall into one. Broken metadata is
+    ignored.
 
     Args:
       image: an encoded file, uint8 pixels [rows, columns, 3], or an opened Pillow image.
@@ -34,7 +50,7 @@ def to_square(
         # A JPEG decodes to a half, quarter or eighth of its size at a fraction of the cost. What is left is at
         # least twice the result's size, so the resize below still decides what the result looks like.
         opened.draft(None, (2 * size, 2 * size))
-        upright = _to_rgb(ImageOps.exif_transpose(opened))
+        upright = _to_rgb(_turn_upright(opened))
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise Skip("image of too many pixels") from None
     except (Skip, MemoryError):
@@ -59,7 +75,16 @@ def size_of(image: bytes | np.ndarray) -> tuple[int, int]:
 def _open(file: bytes) -> Image.Image:
     if not file:
         raise Skip("empty file")
-    return Image.open(io.BytesIO(file))
+    return Image.open(io.BytesIO(strip_metadata(file)))
+
+
+def _turn_upright(image: Image.Image) -> Image.Image:
+    image.load()  # apart from the Exif, because a fault of the pixels is one of the picture
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
+    except Exception:  # Exif that cannot be read says nothing of an orientation
+        return image
+    return image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

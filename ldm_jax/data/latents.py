@@ -4,7 +4,9 @@ A record is one example: the scaled latents that the autoencoder made of an imag
 ArrayRecord files with one record a group, so that any record is one seek away.
 """
 
+import contextlib
 import dataclasses
+import functools
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,11 +14,13 @@ from typing import Any, NamedTuple
 
 import grain
 import numpy as np
+from array_record.python.array_record_module import ArrayRecordReader
 from flax import serialization
 from jaxtyping import Float16
 
 from ldm_jax.files.buckets import in_bucket
 from ldm_jax.files.durable import write_atomically
+from ldm_jax.files.typed_json import read_json
 
 VERSION = 1
 MANIFEST = "manifest.json"
@@ -32,8 +36,7 @@ class Record(NamedTuple):
       key: its name in the source.
       latents: as the autoencoder scales them, about unit variance.
       captions: the main one, then alternatives.
-      text: embeddings of the captions, if they are stored: the fields of `Cond` that are given ("tokens", "mask",
-        "pooled"), one row a caption.
+      text: embeddings of the captions, if they are stored: the fields of `Cond` that it has, one row per caption.
     """
 
     key: str
@@ -65,11 +68,23 @@ class Autoencoder:
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
-    """One file of records: its name, number of records and size in bytes."""
+    """One file of records.
+
+    Attributes:
+      name: as `shard_name` gives it.
+      records, bytes: number of records, and size of the file.
+      first_key: key of the first record; empty where there is none, and in manifests older than this field.
+    """
 
     name: str
     records: int
     bytes: int
+    first_key: str = ""
+
+
+def shard_name(number: int) -> str:
+    """Returns the name of a directory's shard, by its place in the order of the source."""
+    return f"latents-{number:05d}.array_record"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,6 +102,7 @@ class Manifest:
       autoencoder: what made the latents.
       text_encoder: fingerprint of what made the stored embeddings; empty where none are stored.
       shards: the files, in the order of the source.
+      left_out: reason -> names of what the source found and gave no items of.
     """
 
     version: int
@@ -101,6 +117,7 @@ class Manifest:
     autoencoder: Autoencoder
     text_encoder: str
     shards: tuple[Shard, ...]
+    left_out: dict[str, list[str]] = dataclasses.field(default_factory=dict)
 
     def write(self, directory: Path) -> None:
         """Writes `manifest.json`, all of it or nothing."""
@@ -110,41 +127,47 @@ class Manifest:
 
     @classmethod
     def read_from(cls, directory: str | Path) -> "Manifest":
-        """Reads `manifest.json`, and checks that the shards it names are there in full.
+        """Reads `manifest.json`, and checks that it agrees with itself and with the shards.
 
         Raises:
-          ValueError: if there is no finished directory of latents, or a shard is missing or cut short.
+          ValueError: if there is no finished directory of latents, the manifest is damaged or was changed, or a shard
+            is missing, cut short, damaged or in the place of another.
         """
         if in_bucket(directory):
             raise ValueError(
                 f"{directory} is no path: ArrayRecord reads file systems only, so mount the bucket (gcsfuse) or copy it"
             )
-        directory = Path(directory)
+        path = Path(directory, MANIFEST)
         try:
-            fields = json.loads((directory / MANIFEST).read_bytes())
+            version = read_json(path, dict).get("version")
         except FileNotFoundError:
             raise ValueError(
                 f"{directory} has no {MANIFEST}: encoding into it was not finished (the same command continues)"
             ) from None
-        if fields["version"] != VERSION:
-            raise ValueError(
-                f"{directory / MANIFEST} is of version {fields['version']}, not {VERSION}"
-            )
-        lists = ("latent_shape", "latent_mean", "latent_std")
-        fields.update({name: tuple(fields[name]) for name in lists})
-        fields["autoencoder"] = Autoencoder(**fields["autoencoder"])
-        fields["shards"] = tuple(Shard(**shard) for shard in fields["shards"])
-        manifest = cls(**fields)
-        manifest._check_shards(directory)
+        if version != VERSION:
+            raise ValueError(f"{path} is of version {version}, not {VERSION}")
+        manifest = read_json(path, cls)
+        manifest._check_sums(path)
+        for shard in manifest.shards:
+            _check_shard(path.parent / shard.name, shard)
         return manifest
 
-    def _check_shards(self, directory: Path) -> None:
-        for shard in self.shards:
-            path = directory / shard.name
-            size = path.stat().st_size if path.exists() else 0
-            if size != shard.bytes:
+    def _check_sums(self, path: Path) -> None:
+        for number, shard in enumerate(self.shards):
+            if shard.name != shard_name(number):
                 raise ValueError(
-                    f"{path} has {size} bytes where the manifest says {shard.bytes}: copy it again"
+                    f"{path} names {shard.name} where {shard_name(number)} belongs: its shards were reordered, named"
+                    " twice or left out; copy it again"
+                )
+        skipped = sum(map(len, self.skipped.values()))
+        sums = {
+            "shards.records": (sum(shard.records for shard in self.shards), self.written),
+            "written and skipped": (self.written + skipped, self.read),
+        }
+        for name, (found, wanted) in sums.items():
+            if found != wanted:
+                raise ValueError(
+                    f"{path}: {name} add up to {found}, not to {wanted}: it was changed; copy it again"
                 )
 
     def require(self, *, autoencoder: str, text_encoder: str = "") -> None:
@@ -161,6 +184,37 @@ class Manifest:
                 raise ValueError(
                     f"the {what} were made by the encoder {stored}, and this run has {wanted}: encode the source again"
                 )
+
+
+def _check_shard(path: Path, shard: Shard) -> None:
+    stat = path.stat() if path.is_file() else None
+    size = stat.st_size if stat else 0
+    if stat is None or size != shard.bytes:
+        raise ValueError(
+            f"{path} has {size} bytes where the manifest says {shard.bytes}: copy it again"
+        )
+    records, first_key = _contents(path, (stat.st_ino, stat.st_mtime_ns))
+    if records != shard.records:
+        raise ValueError(
+            f"{path} has {records} records where the manifest says {shard.records}: copy both again"
+        )
+    if shard.first_key not in ("", first_key):
+        raise ValueError(
+            f"{path} begins with {first_key!r} where the manifest says {shard.first_key!r}: it is another shard; copy"
+            " both again"
+        )
+
+
+@functools.cache  # as several parts of a run read one manifest
+def _contents(path: Path, state: tuple[int, int]) -> tuple[int, str]:
+    """Returns the number of records in a shard and the key of the first; `state` changes when the file does."""
+    try:
+        with contextlib.closing(ArrayRecordReader(str(path))) as reader:
+            records = reader.num_records()
+            return records, unpack(reader.read([0])[0]).key if records else ""
+    except Exception as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"{path} is damaged: {reason}; copy it again") from error
 
 
 class _Part(NamedTuple):

@@ -1,6 +1,9 @@
-"""Training batches from a directory of latents, in an order that is a function of (seed, position) alone."""
+"""Training batches from directories of latents, in an order that is a function of (seed, position) alone."""
 
 import dataclasses
+import fractions
+import math
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -16,8 +19,10 @@ from ldm_jax.types import Batch, Cond, Tokens
 Tokenizer = Callable[[list[str]], Tokens]
 Embedding = Mapping[str, np.ndarray]
 
+_SEEDS_APART = 0x9E3779B9  # between parts, as grain adds the number of the epoch to a seed
 
-class _Example(NamedTuple):
+
+class Example(NamedTuple):
     latents: np.ndarray
     text: str | Embedding
     index: int
@@ -31,40 +36,73 @@ class _Choose:
     seed: int
     empty: str | Embedding  # "" asks for captions, an embedding for embeddings
 
-    def __call__(self, position: int, data: bytes) -> _Example:
+    def __call__(self, position: int, data: bytes) -> Example:
         record = unpack(data)
         choice = self.policy.choose(len(record.captions), self.seed, position)
         text = self.empty if choice is None else _text(record, choice, self.empty)
-        return _Example(record.latents, text, position)
+        return Example(record.latents, text, position)
 
 
 @dataclasses.dataclass(frozen=True)
-class _Collate:
+class Collate:
     """Examples to one batch of arrays; tokenising a list at a time is several times faster than one by one."""
 
     tokenizer: Tokenizer | None
 
-    def __call__(self, examples: Sequence[_Example]) -> Batch:
+    def __call__(self, examples: Sequence[Example]) -> Batch:
         texts = [example.text for example in examples]
         return Batch(
             latents=np.stack([example.latents for example in examples]).astype(np.float32),
-            text=self.tokenizer(texts) if self.tokenizer else _stack(texts),
+            cond=self.tokenizer(texts) if self.tokenizer else _stack(texts),
             weight=np.ones(len(examples), np.float32),
             index=np.array([example.index for example in examples], np.uint32),
         )
 
 
-class Loader:
-    """An endless iterator of `Batch`es of NumPy arrays over a directory of latents.
+class Mixture(grain.transforms.DatasetSelectionMap):
+    """The part that each position of the data order takes its example from, and its position in that part's order.
 
-    Each epoch holds every record exactly once, in an order of its own. What stands at a position of that order,
-    its caption included, depends on the seed only: not on the batch size, nor on the number of processes. Those
-    share a batch: process p of n has the positions p, p + n, ... of it.
+    The parts alternate: any window of n positions holds n times the share of a part, to less than one example if there
+    are two parts, and to less than k - 1 if there are k. Random draws would miss by about the square root of n, and a
+    record's place in its part would depend on all draws before it. Here that place is a quotient of integers, so any
+    position is found at once. Weights count as their decimals are written: 0.3 is 3/10.
+
+    `grain.MapDataset.mix` alternates in this way too, but rounds weights to hundredths of the smallest: it makes 0.3
+    and 0.7 into 100 and 233.
+    """
+
+    def __init__(self, weights: Sequence[float]) -> None:
+        exact = [fractions.Fraction(str(weight)) for weight in weights]
+        unit = math.lcm(*(weight.denominator for weight in exact))
+        self._weights = [int(weight * unit) for weight in exact]
+
+    def __len__(self) -> int:
+        return sys.maxsize
+
+    def __getitem__(self, position: int) -> tuple[int, int]:
+        """Returns the part, and the number of earlier positions that take their examples from it."""
+        earlier, total = position, sum(self._weights)
+        for part, weight in enumerate(self._weights[:-1]):
+            others = total - weight
+            later_parts = earlier * others // total
+            if (earlier + 1) * others // total == later_parts:
+                return part, earlier - later_parts
+            earlier, total = later_parts, others
+        return len(self._weights) - 1, earlier
+
+
+class Loader:
+    """An endless iterator of `Batch`es of NumPy arrays over one or several directories of latents.
+
+    Examples come from the directories by their weights, as `Mixture` says. Each directory has epochs of its own: every
+    record of it is seen once, in an order of that epoch, before any is seen again. What stands at a position of the
+    data order, its caption included, depends on the seed and the parts only: not on the batch size, nor on the number
+    of processes. Those share a batch: process p of n has the positions p, p + n, ... of it.
     """
 
     def __init__(
         self,
-        directory: str | Path,
+        parts: Sequence[tuple[str | Path, float]],
         *,
         batch: int,
         seed: int,
@@ -75,10 +113,11 @@ class Loader:
         threads: int = 2,
         prefetch: int = 4,
     ) -> None:
-        """Opens a directory; reading begins with the first `next`.
+        """Opens the directories; reading begins with the first `next`.
 
         Args:
-          directory: what `encode` wrote.
+          parts: directories that `encode` wrote, each with its weight: the share of examples from it is its weight over
+            the sum of the weights.
           batch: examples in the whole batch, of all processes.
           seed: of the order and of the choice of captions.
           policy: which caption an example gets.
@@ -88,30 +127,37 @@ class Loader:
           prefetch: batches that are kept ready.
 
         Raises:
-          ValueError: if the directory is not finished or lacks what is asked for, or processes do not divide the batch.
+          ValueError: if a directory is not finished or lacks what is asked for, the directories cannot be mixed, a
+            weight is not a finite number above 0, or processes do not divide the batch.
         """
         if batch % process_count:
             raise ValueError(
                 f"a batch of {batch} examples cannot be shared by {process_count} processes"
             )
-        self.manifest = Manifest.read_from(directory)
+        self.manifests = _read_manifests(parts, embeddings=tokenizer is None)
         self.batch = batch
         self._share = (process_index, process_count)
         self._options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=prefetch)
-        self._collate = _Collate(tokenizer)
-        choose = _Choose(policy, seed, _empty(Path(directory), self.manifest, tokenizer))
-        self._examples = (
-            grain.MapDataset.source(open_records(directory, self.manifest.shards))
-            .shuffle(seed)
+        self._collate = Collate(tokenizer)
+        choose = _Choose(policy, seed, _empty(Path(parts[0][0]), self.manifests[0], tokenizer))
+        orders = [
+            grain.MapDataset.source(open_records(directory, manifest.shards))
+            .shuffle(seed ^ (number * _SEEDS_APART % 2**32))
             .repeat()
-            .map_with_index(choose)
+            for number, ((directory, _), manifest) in enumerate(
+                zip(parts, self.manifests, strict=True)
+            )
+        ]
+        mixture = Mixture([weight for _, weight in parts])
+        self._examples = grain.MapDataset.select_from_datasets(orders, mixture).map_with_index(
+            choose
         )
         self._iterator: grain.DatasetIterator | None = None
         self.seek(0)
 
     def __len__(self) -> int:
-        """Records in one epoch."""
-        return self.manifest.written
+        """Records of all directories."""
+        return sum(manifest.written for manifest in self.manifests)
 
     def seek(self, examples: int) -> None:
         """The next batch begins at position `examples` of the data order."""
@@ -141,6 +187,37 @@ class Loader:
         return iter(batches.to_iter_dataset(self._options))
 
 
+def _read_manifests(
+    parts: Sequence[tuple[str | Path, float]], *, embeddings: bool
+) -> tuple[Manifest, ...]:
+    """Reads the manifests of the parts, and refuses parts that cannot be mixed."""
+    if not parts:
+        raise ValueError("parts is empty: give at least one directory of latents with its weight")
+    for directory, weight in parts:
+        if not (weight > 0 and math.isfinite(weight)):
+            raise ValueError(
+                f"the weight of {directory} is {weight}: give a finite number above 0, or leave the part out"
+            )
+    directories = [Path(directory).resolve() for directory, _ in parts]
+    manifests = tuple(Manifest.read_from(directory) for directory, _ in parts)
+    fields = ["size", "latent_shape", "autoencoder", *(["text_encoder"] if embeddings else [])]
+    for number, ((directory, _), manifest) in enumerate(zip(parts, manifests, strict=True)):
+        if directories[number] in directories[:number]:
+            raise ValueError(
+                f"{directory} is given twice: give it once, with the sum of its weights"
+            )
+        if not manifest.written:
+            raise ValueError(f"{directory} holds no record: leave it out")
+        for field in fields:
+            found, first = getattr(manifest, field), getattr(manifests[0], field)
+            if found != first:
+                raise ValueError(
+                    f"{directory} and {parts[0][0]} cannot be mixed: their {field} is {found} and {first}; encode one"
+                    " again as the other"
+                )
+    return manifests
+
+
 def fixed_batch(
     directory: str | Path, indices: Sequence[int], *, tokenizer: Tokenizer | None
 ) -> Batch:
@@ -156,7 +233,7 @@ def fixed_batch(
         )
     records = open_records(directory, manifest.shards)
     choose = _Choose(CaptionPolicy(0.0, 0.0), 0, _empty(Path(directory), manifest, tokenizer))
-    return _Collate(tokenizer)([choose(index, records[index]) for index in indices])
+    return Collate(tokenizer)([choose(index, records[index]) for index in indices])
 
 
 def _empty(directory: Path, manifest: Manifest, tokenizer: Tokenizer | None) -> str | Embedding:

@@ -12,9 +12,10 @@ A new source is one file and one row.
 import dataclasses
 import hashlib
 import importlib
+import os
 import re
 import typing
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
@@ -64,7 +65,8 @@ class Source(Protocol):
     """A sequence of items, read from several threads at once.
 
     Sources are frozen dataclasses whose fields are their options. One that reads files also has `identity`, a
-    string that changes when the files do (`provenance`).
+    string that changes when the files do (`provenance`), and may have `left_out`, what it found and gives no items
+    of: reason -> names.
     """
 
     def __len__(self) -> int: ...
@@ -82,8 +84,9 @@ def open_source(spec: str) -> Source:
     """
     name, argument, options = _split(spec)
     if name not in SOURCES:
+        hint = f"; for files write {_source_of(name)}:{spec}" if _is_path(name) else ""
         raise ValueError(
-            f"no data source is called {name!r} in {spec!r}; there are {_list(SOURCES)}"
+            f"no data source is called {name!r} in {spec!r}; there are {_list(SOURCES)}{hint}"
         )
     module, _, attribute = SOURCES[name].partition(":")
     cls = getattr(importlib.import_module(module), attribute)
@@ -99,6 +102,14 @@ def open_source(spec: str) -> Source:
     return cls(
         **{option: _parse(spec, option, text, types[option]) for option, text in given.items()}
     )
+
+
+def _is_path(name: str) -> bool:
+    return os.sep in name or os.path.exists(name)
+
+
+def _source_of(path: str) -> str:
+    return "tars" if path.endswith(".tar") else "folder"
 
 
 def _split(spec: str) -> tuple[str, str, dict[str, str]]:
@@ -138,6 +149,11 @@ def provenance(source: Source) -> dict[str, Any]:
         options = {field.name: getattr(source, field.name) for field in fields}
     identity = getattr(source, "identity", "")
     return {"class": type(source).__name__, **options, "items": len(source), "identity": identity}
+
+
+def tally(reasons: Mapping[str, Sequence[str]]) -> str:
+    """The number of keys for each reason: "2 no caption, 1 empty file"; "none" if there is no reason."""
+    return ", ".join(f"{len(keys)} {reason}" for reason, keys in reasons.items()) or "none"
 
 
 def digest(lines: Iterable[str]) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ldm_jax.data.sources import Item
+from ldm_jax.data.text import decode
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +52,7 @@ class Tfds:
         example = self._records[index]
         captions = _find(example, self.caption)
         captions = (captions,) if isinstance(captions, bytes) else captions
-        texts = tuple(caption.decode("utf-8", "surrogateescape") for caption in captions)
+        texts = tuple(map(decode, captions))
         return Item(f"{self.name}/{self.split}/{index}", _find(example, self.image), texts)
 
     @property

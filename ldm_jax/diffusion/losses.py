@@ -76,7 +76,7 @@ def make_loss(
     Args:
       apply: the network, `apply(params, x, told, context)`.
       prepare: what the network makes of the encoded text, with its own parameters.
-      encode: the text encoder, `encode(frozen, batch.text)`, whose parameters are not trained.
+      encode: the text encoder, `encode(frozen, batch.cond)`, whose parameters are not trained.
       times: the distribution of t, a map from uniforms; `draw` says where those come from.
       weighting: a factor for each example, from the prediction and its point.
 
@@ -91,7 +91,7 @@ def make_loss(
         x_0 = jnp.asarray(batch.latents, jnp.float32)
         noise = gaussian(noise_keys, x_0.shape[1:])
         point = schedule(times(draw(time_keys, batch.index)))
-        context = prepare(params, encode(frozen, batch.text))
+        context = prepare(params, encode(frozen, batch.cond))
         error = _squared_error(apply, params, context, prediction, point, x_0, noise)
         return weighting(prediction, point) * error
 
@@ -116,7 +116,7 @@ def make_validation_loss(
     def loss(params: Params, frozen: Params, batch: Batch, keys: Keys) -> Float[Array, "B k"]:
         x_0 = jnp.asarray(batch.latents, jnp.float32)
         noise = gaussian(keys, x_0.shape[1:])
-        context = prepare(params, encode(frozen, batch.text))
+        context = prepare(params, encode(frozen, batch.cond))
 
         def at(t: Float[Array, ""]) -> Float[Array, " B"]:
             point = schedule(jnp.full(x_0.shape[0], t))

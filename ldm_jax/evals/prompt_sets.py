@@ -20,6 +20,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ldm_jax.data.text import decode, is_unicode, numbered_lines
+
 _log = logging.getLogger(__name__)
 
 
@@ -56,7 +58,7 @@ def read_set(spec: str) -> tuple[Row, ...]:
     kind, content = PROMPT_SETS[name], path.read_bytes()
     if wanted := options.get("sha256"):
         _check(content, path, kind.released if wanted == "released" else (wanted,))
-    text = decode(content, path)
+    text = decode_file(content, path)
     try:
         rows = [Row(cleaned(row.text), row.group) for row in kind.read(text)]
     except (ValueError, csv.Error) as error:
@@ -64,19 +66,12 @@ def read_set(spec: str) -> tuple[Row, ...]:
     return _draw(_distinct(rows, path), spec, path, options)
 
 
-def decode(content: bytes, path: Path) -> str:
+def decode_file(content: bytes, path: Path) -> str:
     """The text of a file; a ValueError names it where it is not UTF-8."""
     try:
-        return content.decode("utf-8-sig")
+        return decode(content, "strict")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8: {error}") from error
-
-
-def numbered_lines(content: str) -> Iterator[tuple[int, str]]:
-    """Number and text of every line that is not blank."""
-    for number, line in enumerate(content.splitlines(), 1):
-        if line.strip():
-            yield number, line.strip()
 
 
 def _file(content: str) -> Iterator[Row]:
@@ -111,6 +106,8 @@ def _parti(content: str) -> Iterator[Row]:
         raise ValueError(
             f"it has to have columns Prompt and Category; it has {', '.join(columns) or 'none'}"
         )
+    if len(set(columns)) < len(columns):
+        raise ValueError(f"two of its columns have one name: {', '.join(columns)}")
     for row in rows:
         where = f"line {rows.line_num}"
         if None in row:
@@ -191,7 +188,7 @@ def _check(content: bytes, path: Path, wanted: tuple[str, ...]) -> None:
 
 def cleaned(text: str) -> str:
     """A prompt as it is used: NFC, without white space around it, a line break as one space. Raises ValueError."""
-    if any("\ud800" <= character <= "\udfff" for character in text):
+    if not is_unicode(text):
         raise ValueError(f"the prompt {text!r} is not Unicode text")
     lines = (line.strip() for line in unicodedata.normalize("NFC", text).splitlines())
     return " ".join(filter(None, lines))
@@ -227,6 +224,8 @@ def _draw(rows: list[Row], spec: str, path: Path, options: Mapping[str, str]) ->
 def _json(content: str, kind: type) -> Any:
     try:
         value = json.loads(content)
+    except RecursionError:
+        raise ValueError("its JSON is nested too deeply") from None
     except ValueError as error:
         raise ValueError(f"it is not JSON: {error}") from error
     if not isinstance(value, kind):

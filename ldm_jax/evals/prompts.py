@@ -8,7 +8,8 @@ from typing import NamedTuple
 
 from ldm_jax.data.scenes import Scene, Scenes, captions
 from ldm_jax.data.sources import open_source
-from ldm_jax.evals.prompt_sets import PROMPT_SETS, decode, numbered_lines, read_set
+from ldm_jax.data.text import numbered_lines
+from ldm_jax.evals.prompt_sets import PROMPT_SETS, decode_file, read_set
 
 SEEN, HELD_OUT = "seen", "held out"
 SEED = 2**31 + 1  # no source of training scenes has it by default
@@ -69,7 +70,7 @@ def read_lines(path: Path) -> tuple[str, ...]:
       ValueError: there is none, or the file is not UTF-8.
       FileNotFoundError: no such file.
     """
-    texts = tuple(text for _, text in numbered_lines(decode(path.read_bytes(), path)))
+    texts = tuple(text for _, text in numbered_lines(decode_file(path.read_bytes(), path)))
     if not texts:
         raise ValueError(f"{path} holds no prompt: one a line is read")
     return texts

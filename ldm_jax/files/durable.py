@@ -11,6 +11,7 @@ from typing import Any
 from etils import epath
 
 from ldm_jax.files.buckets import in_bucket
+from ldm_jax.files.typed_json import read_json
 
 SETTINGS = "settings.json"
 
@@ -45,14 +46,14 @@ def claim(directory: Path, settings: dict[str, Any]) -> None:
     """Writes the settings into a new directory, or compares them with those it was begun with.
 
     Raises:
-      ValueError: if they differ; it lists the differences.
+      ValueError: if they differ, of which it lists the differences, or cannot be read.
     """
     path = directory / SETTINGS
     text = json.dumps(settings, indent=1)
     if not path.exists():
         write_atomically(path, text.encode())
         return
-    before, now = (dict(_leaves(json.loads(tree))) for tree in (path.read_bytes(), text))
+    before, now = (dict(_leaves(tree)) for tree in (read_json(path, dict), json.loads(text)))
     differences = [
         f"{name} was {before.get(name)!r}, now {now.get(name)!r}"
         for name in {**before, **now}

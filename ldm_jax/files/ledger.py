@@ -4,6 +4,7 @@ A ledger is only ever appended to. What was repeated (the same `key`) has severa
 """
 
 import dataclasses
+import io
 import json
 import os
 import subprocess
@@ -49,7 +50,7 @@ def read_records(kind: type[Record], *paths: epath.PathLike) -> list[Record]:
 
 
 def _read(kind: type[Record], path: epath.Path) -> Iterator[Record]:
-    for number, line in enumerate(path.read_text().splitlines(), 1):
+    for number, line in enumerate(io.StringIO(path.read_text()), 1):
         try:
             entry = json.loads(line)
         except json.JSONDecodeError:

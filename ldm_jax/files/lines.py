@@ -28,7 +28,7 @@ def append_line(path: epath.PathLike, entry: Any) -> None:
 def read_lines(path: epath.PathLike) -> list[dict[str, Any]]:
     """The objects that `append_line` has added, none where there is no file, without what was left unfinished."""
     try:  # not `exists`, which takes a bucket that does not answer for an absent file
-        lines = epath.Path(path).read_text().splitlines()
+        lines = epath.Path(path).read_text().split("\n")
     except FileNotFoundError:
         return []
     found = []

@@ -15,6 +15,7 @@ from einops import rearrange
 from flax import nnx
 from jaxtyping import Array, Float
 
+from ldm_jax.models.json_files import fields_of, typed
 from ldm_jax.models.names import check_fixed
 from ldm_jax.nn.attention import attention
 from ldm_jax.nn.layers import from_heads, into_heads, linear
@@ -23,6 +24,12 @@ from ldm_jax.types import Images, Tokens
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
+
+# Fields of a config.json that are none of a tower's, or have another default there.
+ARCHITECTURES = {"architectures": (tuple[str, ...] | None, None)}
+PROJECTION = {"projection_dim": (int, 512)}
+TOWERS = ("text_config", "text_config_dict", "vision_config", "vision_config_dict")
+FREE = ("bos_token_id", "eos_token_id", "pad_token_id", "architectures")  # 0 is one of their values
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
@@ -62,10 +69,10 @@ class TowerConfig:
     def from_transformers(cls, values: Mapping[str, Any], dtype: str = "float32") -> "TowerConfig":
         """From the content of a `config.json`; what it leaves out has transformers' default."""
         check_fixed(values, {"num_channels": 3}, "a CLIP tower")
-        names = {field.name for field in dataclasses.fields(cls)} - {"dtype", "projection_dim"}
-        known = {name: values[name] for name in names & set(values)}
-        if any(name.endswith("WithProjection") for name in values.get("architectures") or ()):
-            known["projection_dim"] = values.get("projection_dim", 512)
+        known = typed(values, {**fields_of(cls), **PROJECTION, **ARCHITECTURES}, free=FREE)
+        architectures = known.pop("architectures") or ()
+        if not any(name.endswith("WithProjection") for name in architectures):
+            known["projection_dim"] = 0
         return cls(**known, dtype=dtype)
 
     def to_transformers(self) -> dict[str, Any]:
@@ -117,14 +124,16 @@ class CLIPConfig:
     def from_transformers(cls, values: Mapping[str, Any], dtype: str = "float32") -> "CLIPConfig":
         """From the content of a `config.json` of transformers' CLIPModel."""
 
+        known = typed(values, {**dict.fromkeys(TOWERS, (dict | None, None)), **PROJECTION})
+
         def tower(name: str) -> dict[str, Any]:
-            merged = {**(values.get(name) or {}), **(values.get(f"{name}_dict") or {})}
+            merged = {**(known[name] or {}), **(known[f"{name}_dict"] or {})}
             return {**merged, "architectures": None}
 
         return cls(
             text=CLIPTextConfig.from_transformers(tower("text_config"), dtype),
             vision=CLIPVisionConfig.from_transformers(tower("vision_config"), dtype),
-            projection_dim=values.get("projection_dim", 512),
+            projection_dim=known["projection_dim"],
         )
 
     def to_transformers(self) -> dict[str, Any]:

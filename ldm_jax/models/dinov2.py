@@ -17,6 +17,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from ldm_jax.models import clip
+from ldm_jax.models.json_files import fields_of, typed
 from ldm_jax.models.names import Names, check_fixed
 from ldm_jax.nn.attention import attention
 from ldm_jax.nn.layers import from_heads, gelu, into_heads, linear
@@ -89,8 +90,7 @@ class Dinov2Config:
         Raises ValueError where it asks for something that this network does not have.
         """
         check_fixed(values, FIXED, "Dinov2Model")
-        names = {field.name for field in dataclasses.fields(cls)} - {"dtype"}
-        return cls(**{name: values[name] for name in names & set(values)}, dtype=dtype)
+        return cls(**typed(values, fields_of(cls), free=["layerscale_value"]), dtype=dtype)
 
     def to_transformers(self) -> dict[str, Any]:
         """The content of the `config.json` that transformers' Dinov2Model reads."""

@@ -107,9 +107,10 @@ def _unet(config: UNetConfig, side: int, text_tokens: int) -> Layers:
             pixels //= 4
             yield from _resampler(width, pixels, config)
             skips.append(width)
-    yield from _res_block(width, width, pixels, config)
-    yield from _attentions(width, config.mid_depth, pixels, text_tokens, config)
+    if config.mid_depth is not None:
+        yield from _res_block(width, width, pixels, config)
     if config.mid_depth:
+        yield from _attentions(width, config.mid_depth, pixels, text_tokens, config)
         yield from _res_block(width, width, pixels, config)
     for i in reversed(range(len(channels))):
         for _ in range(config.num_res_blocks + 1):

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from ldm_jax.models.json_files import check_known, fields_of, typed
 from ldm_jax.models.names import Names
 from ldm_jax.nn.layers import Map
 from ldm_jax.nn.platform import num_devices, platform
@@ -52,7 +53,9 @@ class InceptionConfig:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "InceptionConfig":
         """The config as its `config.json` has it."""
-        return cls(**{name: value for name, value in values.items() if name not in CLASS})
+        fields = fields_of(cls)
+        check_known(values, {**CLASS, **fields}, "Inception")
+        return cls(**typed(values, fields))
 
     def to_dict(self) -> dict[str, Any]:
         """The content of `config.json`."""

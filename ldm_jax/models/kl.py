@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from ldm_jax.models import names
+from ldm_jax.models.json_files import typed
 from ldm_jax.nn.layers import (
     Downsample,
     GroupNorm,
@@ -26,19 +27,20 @@ from ldm_jax.types import Images, Latent
 
 EPSILON = 1e-6
 
-# Our fields under diffusers' names, with the values it takes where a `config.json` is silent.
+# Diffusers' names, types and defaults of what a `config.json` holds; then which of our fields have other names.
 FIELDS = {
-    "in_channels": ("in_channels", 3),
-    "out_channels": ("out_channels", 3),
-    "latent_channels": ("latent_channels", 4),
-    "channels": ("block_out_channels", (64,)),
-    "layers_per_block": ("layers_per_block", 1),
-    "num_groups": ("norm_num_groups", 32),
-    "scaling_factor": ("scaling_factor", 0.18215),
-    "shift_factor": ("shift_factor", None),
-    "use_quant_conv": ("use_quant_conv", True),
-    "sample_size": ("sample_size", 32),
+    "in_channels": (int, 3),
+    "out_channels": (int, 3),
+    "latent_channels": (int, 4),
+    "block_out_channels": (tuple[int, ...], (64,)),
+    "layers_per_block": (int, 1),
+    "norm_num_groups": (int, 32),
+    "scaling_factor": (float, 0.18215),
+    "shift_factor": (float | None, None),
+    "use_quant_conv": (bool, True),
+    "sample_size": (int, 32),
 }
+RENAMED = {"block_out_channels": "channels", "norm_num_groups": "num_groups"}
 # What diffusers lets a config choose and this network has built in.
 FIXED = {
     "act_fn": "silu",
@@ -75,9 +77,9 @@ class KLConfig:
         Raises ValueError where it asks for something that this network does not have.
         """
         names.check_fixed(values, FIXED, "AutoencoderKL")
-        fields = {ours: values.get(theirs, default) for ours, (theirs, default) in FIELDS.items()}
-        fields["channels"] = tuple(fields["channels"])
-        fields["shift_factor"] = fields["shift_factor"] or 0.0
+        given = typed(values, FIELDS, free=["shift_factor"])
+        given["shift_factor"] = given["shift_factor"] or 0.0
+        fields = {RENAMED.get(name, name): value for name, value in given.items()}
         config = cls(**fields, dtype=dtype)
         follows = ("use_post_quant_conv", "down_block_types", "up_block_types")
         written = config.to_diffusers()
@@ -86,7 +88,7 @@ class KLConfig:
 
     def to_diffusers(self) -> dict[str, Any]:
         """The content of the `config.json` that diffusers' AutoencoderKL reads."""
-        fields = {theirs: getattr(self, ours) for ours, (theirs, _) in FIELDS.items()}
+        fields = {name: getattr(self, RENAMED.get(name, name)) for name in FIELDS}
         return {
             "_class_name": "AutoencoderKL",
             **FIXED,

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from ldm_jax.models.json_files import check_known, fields_of, typed
 from ldm_jax.models.names import Names, check_fixed
 from ldm_jax.nn.layers import Map
 from ldm_jax.types import Images
@@ -122,7 +123,9 @@ class LPIPSConfig:
     def from_dict(cls, values: Mapping[str, Any]) -> "LPIPSConfig":
         """From the content of its `config.json`. Raises ValueError for another version."""
         check_fixed(values, FIXED, "LPIPS")
-        return cls(**{name: values[name] for name in values.keys() - CLASS.keys() - FIXED.keys()})
+        fields = fields_of(cls)
+        check_known(values, {**CLASS, **FIXED, **fields}, "LPIPS")
+        return cls(**typed(values, fields))
 
     def to_dict(self) -> dict[str, Any]:
         """The content of `config.json`."""

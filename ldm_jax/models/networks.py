@@ -9,6 +9,7 @@ from ldm_jax.models import names, weights
 from ldm_jax.models.clip import CLIP, CLIPConfig, CLIPText, CLIPTextConfig
 from ldm_jax.models.dinov2 import Dinov2, Dinov2Config
 from ldm_jax.models.inception import Inception, InceptionConfig
+from ldm_jax.models.json_files import naming, typed
 from ldm_jax.models.kl import AutoencoderKL, KLConfig
 from ldm_jax.models.lpips import LPIPS, LPIPSConfig
 from ldm_jax.models.names import Names
@@ -79,6 +80,7 @@ KINDS = {
         ReaderConfig, Reader, ReaderConfig.from_dict, ReaderConfig.to_dict, lambda _: Names()
     ),
 }
+NAMES = {"_class_name": (str | None, None), "architectures": (tuple[str, ...] | None, None)}
 MODULES = {kind.config: kind.module for kind in KINDS.values()}
 
 
@@ -95,7 +97,9 @@ def described(directory: Path) -> tuple[Kind, Any]:
     config that the network here does not have.
     """
     values = weights.read_config(directory)
-    name = values.get("_class_name") or (values.get("architectures") or ["nothing"])[0]
-    if name not in KINDS:
-        raise ValueError(f"{directory} holds {name}; it can be {', '.join(KINDS)}")
-    return KINDS[name], KINDS[name].read(values)
+    with naming(directory / "config.json"):
+        named = typed(values, NAMES, free=NAMES)
+        name = named["_class_name"] or (named["architectures"] or ["nothing"])[0]
+        if name not in KINDS:
+            raise ValueError(f"{directory} holds {name}; it can be {', '.join(KINDS)}")
+        return KINDS[name], KINDS[name].read(values)

@@ -14,6 +14,7 @@ import numpy as np
 from ldm_jax.models import torch_files
 from ldm_jax.models.dinov2 import Dinov2Config
 from ldm_jax.models.inception import InceptionConfig
+from ldm_jax.models.json_files import naming
 from ldm_jax.models.lpips import LPIPSConfig
 from ldm_jax.models.networks import KINDS, Kind
 
@@ -30,7 +31,8 @@ def described(tensors: Tensors, where: str) -> tuple[Kind, Any]:
         if key not in tensors:
             continue
         try:
-            return KINDS[name], config(tensors, where)
+            with naming(where):
+                return KINDS[name], config(tensors, where)
         except LookupError as error:
             raise ValueError(f"{where} holds {name} in part: it lacks {error}") from None
     names = ", ".join(name for name, _ in KNOWN.values())
@@ -50,12 +52,20 @@ def read(file: str | os.PathLike) -> Iterator[tuple[str, np.ndarray]]:
             yield key.replace("qkv", name), part
 
 
+def _shape(tensors: Tensors, key: str, dims: int) -> tuple[int, ...]:
+    """The shape of a tensor that a config is told by, which has so many dims and is not empty."""
+    shape = tensors[key].shape
+    if len(shape) != dims or 0 in shape:
+        raise ValueError(f"{key} has the shape {list(shape)}; it must have {dims} dims, none empty")
+    return shape
+
+
 def _inception(tensors: Tensors, where: str) -> InceptionConfig:
-    return InceptionConfig(32 // len(tensors["Conv2d_1a_3x3.conv.weight"]))
+    return InceptionConfig(32 // _shape(tensors, "Conv2d_1a_3x3.conv.weight", 4)[0])
 
 
 def _lpips(tensors: Tensors, where: str) -> LPIPSConfig:
-    first, second = (tensors[f"lin{i}.model.1.weight"].shape[1] for i in range(2))
+    first, second = (_shape(tensors, f"lin{i}.model.1.weight", 4)[1] for i in range(2))
     net, trunk = ("alex", "AlexNet") if second == 3 * first else ("vgg", "VGG16")
     if not any(key.startswith(("features.", "net.")) for key in tensors):
         raise ValueError(
@@ -65,8 +75,10 @@ def _lpips(tensors: Tensors, where: str) -> LPIPSConfig:
 
 
 def _dinov2(tensors: Tensors, where: str) -> Dinov2Config:
-    _, positions, width = tensors["pos_embed"].shape
-    patch = tensors["patch_embed.proj.weight"].shape[-1]
+    _, positions, width = _shape(tensors, "pos_embed", 3)
+    patch = _shape(tensors, "patch_embed.proj.weight", 4)[-1]
+    if width < HEAD_WIDTH:
+        raise ValueError(f"pos_embed is {width} wide; it must be at least {HEAD_WIDTH}")
     return Dinov2Config(
         hidden_size=width,
         num_hidden_layers=sum(key.endswith(".attn.query.weight") for key in tensors),

@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 
 from ldm_jax.models import names
 from ldm_jax.models.computation import PRECISIONS, REMAT
+from ldm_jax.models.json_files import typed
 from ldm_jax.settings.fields import NOTHING, check_fields, one_of, setting
 
 EPSILON = 1e-6
@@ -21,6 +22,19 @@ FIXED = {
     "norm_eps": EPSILON,
     "norm_type": "ada_norm_single",
     "upcast_attention": False,
+}
+# Diffusers' names, types and defaults of the rest.
+FIELDS = {
+    "in_channels": (int, 4),
+    "out_channels": (int | None, 8),
+    "num_attention_heads": (int, 16),
+    "attention_head_dim": (int, 72),
+    "num_layers": (int, 28),
+    "patch_size": (int, 2),
+    "caption_channels": (int | None, None),
+    "sample_size": (int, 128),
+    "interpolation_scale": (float | None, None),
+    "use_additional_conditions": (bool | None, None),
 }
 
 
@@ -102,25 +116,23 @@ class PixArtConfig:
 
         Raises ValueError where it asks for something that this network does not have.
         """
-        in_channels, sample_size = values.get("in_channels", 4), values.get("sample_size", 128)
-        num_heads = values.get("num_attention_heads", 16)
-        width = num_heads * values.get("attention_head_dim", 72)
-        text_width = values.get("caption_channels")
-        told_sizes = values.get("use_additional_conditions")
+        given = typed(values, FIELDS)
+        width = given["num_attention_heads"] * given["attention_head_dim"]
+        text_width, told_sizes = given["caption_channels"], given["use_additional_conditions"]
         fixed = {**FIXED, "cross_attention_dim": width}
         names.check_fixed(values, fixed, "PixArtTransformer2DModel")
         return cls(
-            in_channels=in_channels,
-            out_channels=values.get("out_channels", 8) or in_channels,
+            in_channels=given["in_channels"],
+            out_channels=given["out_channels"] or given["in_channels"],
             width=width,
-            depth=values.get("num_layers", 28),
-            num_heads=num_heads,
-            patch_size=values.get("patch_size", 2),
+            depth=given["num_layers"],
+            num_heads=given["num_attention_heads"],
+            patch_size=given["patch_size"],
             text_width=text_width or width,
             caption_mlp=text_width is not None,
-            sample_size=sample_size,
-            interpolation_scale=float(values.get("interpolation_scale") or 0),
-            size_conditioning=sample_size == 128 if told_sizes is None else told_sizes,
+            sample_size=given["sample_size"],
+            interpolation_scale=given["interpolation_scale"] or 0.0,
+            size_conditioning=given["sample_size"] == 128 if told_sizes is None else told_sizes,
             dtype=dtype,
             remat=remat,
         )

@@ -14,11 +14,14 @@ from einops import rearrange
 from flax import nnx
 from jaxtyping import Array, Float
 
+from ldm_jax.models.json_files import check_known, fields_of, typed
 from ldm_jax.nn.attention import attention
 from ldm_jax.nn.layers import linear
+from ldm_jax.settings.schema import check_name
 from ldm_jax.types import Images
 
 CLASS = {"_class_name": "Reader"}
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,12 +41,20 @@ class ReaderConfig:
     asked: tuple[tuple[int, int], ...] = ((1, 2),)
     dtype: str = "float32"
 
+    def __post_init__(self) -> None:
+        if len(self.channels) != len(self.strides):
+            raise ValueError(
+                f"channels {self.channels} and strides {self.strides} are by convolution and must be of one length"
+            )
+
     @classmethod
     def from_dict(cls, config: dict[str, Any]) -> "ReaderConfig":
         """The config as its `config.json` has it."""
-        fields = {name: value for name, value in config.items() if name not in CLASS}
-        lists = {name: tuple(config[name]) for name in ("channels", "strides")}
-        return cls(**{**fields, **lists, "asked": tuple(map(tuple, config["asked"]))})
+        fields = {**fields_of(cls), "dtype": (str, "float32")}
+        check_known(config, {**CLASS, **fields}, "the reader")
+        known = typed(config, fields)
+        check_name(known["dtype"], DTYPES, "dtype")
+        return cls(**known)
 
     def to_dict(self) -> dict[str, Any]:
         """The content of `config.json`."""

@@ -16,6 +16,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Int32
 
 from ldm_jax.models import names
+from ldm_jax.models.json_files import fields_of, typed
 from ldm_jax.nn.attention import attention
 from ldm_jax.nn.layers import from_heads, into_heads, linear
 from ldm_jax.nn.stack import Stack
@@ -66,8 +67,7 @@ class T5Config:
         Raises ValueError for a network of another kind, such as the first T5, whose feed-forward layers have no gate.
         """
         names.check_fixed({"feed_forward_proj": "relu", **values}, FIXED, "T5EncoderModel")
-        known = {field.name for field in dataclasses.fields(cls)} - {"dtype"}
-        return cls(**{name: values[name] for name in known & set(values)}, dtype=dtype)
+        return cls(**typed(values, fields_of(cls)), dtype=dtype)
 
     def to_transformers(self) -> dict[str, Any]:
         """The content of the `config.json` that transformers' T5EncoderModel reads."""

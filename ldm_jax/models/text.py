@@ -23,6 +23,10 @@ class Ids(NamedTuple):
     max_length: int
     pad_id: int = 0
 
+    def __call__(self, captions: Sequence[str]) -> Tokens:
+        """Returns the ids of empty captions, of which a plan reads the shape."""
+        return np.full((len(captions), self.max_length), self.pad_id, np.int32)
+
 
 def warn_of_truncation(prompts: Iterable[str], text: "Text") -> None:
     """Shows what of prompts no text encoder sees: of many the first few, and how many more there are."""

@@ -14,6 +14,17 @@ import tokenizers
 from jaxtyping import Int32
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
+from ldm_jax.models.tokenizer_config import (
+    SPECIAL,
+    Token,
+    added_tokens,
+    content_of,
+    extra_tokens,
+    length_of,
+    read_config,
+    special_token,
+)
+
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"  # CLIP's
 END_OF_WORD = "</w>"
 NUM_BASE = 2 * 256 + 2  # every byte, inside a word and at its end, and the two special tokens
@@ -21,10 +32,8 @@ NUM_BASE = 2 * 256 + 2  # every byte, inside a word and at its end, and the two 
 _WORDS = (
     r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 )
-_SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token")
 _T5_SPECIAL = {"eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
 _T5_SPACE: dict[str, Any] = {"replacement": "\u2581", "prepend_scheme": "always"}
-_UNLIMITED = 10**6  # transformers writes 10**30 for a model without a limit
 _Merges = list[tuple[str, str]]
 
 
@@ -42,25 +51,40 @@ class Tokenizer:
     eos_id: int
 
     @classmethod
-    def from_directory(cls, path: str | os.PathLike, max_length: int | None = None) -> "Tokenizer":
+    def from_directory(
+        cls,
+        path: str | os.PathLike,
+        max_length: int | None = None,
+        *,
+        positions: int | None = None,
+    ) -> "Tokenizer":
         """Reads tokenizer.json, CLIP's vocab.json and merges.txt, or T5's spiece.model, and what is kept beside them.
 
-        `max_length` is that of tokenizer_config.json unless it is given (PixArt gives T5 120). Raises
-        FileNotFoundError where the files are missing, ValueError where nothing says the length or a file is
-        not what its name says.
+        That includes tokens that were added later, as textual inversion does. `max_length` is that of
+        tokenizer_config.json unless it is given (PixArt gives T5 120); where neither says it, it is `positions`, of
+        which the text encoder has as many. Raises FileNotFoundError where the files are missing, ValueError where
+        nothing says the length or a file is not what its name says.
         """
         directory = Path(path)
-        config = _config(directory)
+        config = read_config(directory)
         backend = _backend(directory, config)
         backend.no_padding()
         backend.no_truncation()
         default = _T5_SPECIAL if isinstance(backend.model, models.Unigram) else {"eos_token": EOS}
-        given = {name: config.get(name) or default.get(name) for name in _SPECIAL}
+        given = {name: config.get(name) or default.get(name) for name in SPECIAL}
         special = {name: token for name, token in given.items() if token}
+        is_whole = (directory / "tokenizer.json").is_file()
+        stored = backend.get_added_tokens_decoder() if is_whole else {}
+        added = added_tokens(directory, config, stored)
+        _add(backend, added, directory)
         ids = {name: _id(backend, token, directory) for name, token in special.items()}
-        backend.add_special_tokens([_added(token) for token in special.values()])
-        length = max_length or config.get("model_max_length", _UNLIMITED)
-        if length >= _UNLIMITED:
+        seen = {token.content for token in added.values()}
+        others = [*special.values(), *extra_tokens(config)]
+        backend.add_special_tokens(
+            [special_token(token) for token in others if content_of(token) not in seen]
+        )
+        length = max_length or length_of(directory, config) or positions
+        if not length:
             raise ValueError(
                 f"{directory}/tokenizer_config.json sets no model_max_length, and no max_length is given"
             )
@@ -108,7 +132,7 @@ def train_tokenizer(
         )
     vocab, merges = _vocabulary(_learn_merges(captions, vocab_size), vocab_size - 2)
     vocab |= {BOS: len(vocab), EOS: len(vocab) + 1}
-    names = dict(zip(_SPECIAL, (BOS, EOS, EOS, EOS), strict=True))
+    names = dict(zip(SPECIAL, (BOS, EOS, EOS, EOS), strict=True))
     config = {**names, "tokenizer_class": "CLIPTokenizer", "model_max_length": max_length}
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
@@ -171,7 +195,7 @@ def _clip(
 ) -> tokenizers.Tokenizer:
     """CLIP's way from text to ids: lower case, words, bytes, byte pairs, between a start and an end token."""
     bos, eos, unk = (
-        _content(names.get(name, default))
+        content_of(names.get(name, default))
         for name, default in (("bos_token", BOS), ("eos_token", EOS), ("unk_token", EOS))
     )
     backend = tokenizers.Tokenizer(_byte_pairs(vocab=vocab, merges=merges, unk_token=unk))
@@ -180,7 +204,7 @@ def _clip(
     backend.post_processor = processors.RobertaProcessing(
         (eos, vocab[eos]), (bos, vocab[bos]), trim_offsets=False, add_prefix_space=False
     )
-    backend.add_special_tokens([_added(token) for token in (bos, eos)])
+    backend.add_special_tokens([special_token(token) for token in (bos, eos)])
     return backend
 
 
@@ -200,11 +224,11 @@ def _t5(spiece: bytes, config: Mapping[str, Any]) -> tokenizers.Tokenizer:
         [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace(**_T5_SPACE)]
     )
     backend.decoder = decoders.Metaspace(**_T5_SPACE)
-    eos = _content(config.get("eos_token") or _T5_SPECIAL["eos_token"])
+    eos = content_of(config.get("eos_token") or _T5_SPECIAL["eos_token"])
     backend.post_processor = processors.TemplateProcessing(
         single=["$A", eos], special_tokens=[(eos, backend.token_to_id(eos))]
     )
-    backend.add_special_tokens([_added(gap) for gap in gaps])
+    backend.add_special_tokens([special_token(gap) for gap in gaps])
     return backend
 
 
@@ -260,46 +284,27 @@ def _pre_tokenizer() -> pre_tokenizers.PreTokenizer:
     return pre_tokenizers.Sequence([words, pre_tokenizers.ByteLevel(add_prefix_space=False)])
 
 
-def _config(directory: Path) -> dict[str, Any]:
-    """As transformers does: special_tokens_map.json has the last word in files older than `added_tokens_decoder`.
+def _add(
+    backend: tokenizers.Tokenizer, added: Mapping[int, tokenizers.AddedToken], directory: Path
+) -> None:
+    """Adds tokens in the order of their ids, and checks that each gets its own.
 
-    That is how SD2.1 comes to pad with "!" although its tokenizer_config.json says otherwise.
+    Raises ValueError where one does not: its embedding would be another token's.
     """
-    config = _read_json(directory / "tokenizer_config.json")
-    if "added_tokens_decoder" in config:
-        return config
-    return {**config, **_read_json(directory / "special_tokens_map.json")}
+    backend.add_tokens([added[number] for number in sorted(added)])
+    for number, token in added.items():
+        if (found := backend.token_to_id(token.content)) != number:
+            raise ValueError(
+                f"the tokenizer in {directory} gives the added token {token.content!r} the id {number}, and"
+                f" its vocabulary gives it {found}"
+            )
 
 
-def _added(token: str | Mapping[str, Any]) -> tokenizers.AddedToken:
-    if isinstance(token, str):
-        return tokenizers.AddedToken(token, special=True, normalized=False)
-    flags = {
-        name: token[name]
-        for name in ("lstrip", "rstrip", "single_word", "normalized")
-        if name in token
-    }
-    return tokenizers.AddedToken(token["content"], special=True, **flags)
-
-
-def _content(token: str | Mapping[str, Any]) -> str:
-    return token if isinstance(token, str) else token["content"]
-
-
-def _id(backend: tokenizers.Tokenizer, token: str | Mapping[str, Any], directory: Path) -> int:
-    found = backend.token_to_id(_content(token))
+def _id(backend: tokenizers.Tokenizer, token: Token, directory: Path) -> int:
+    found = backend.token_to_id(content_of(token))
     if found is None:
-        raise ValueError(f"the tokenizer in {directory} has no token {_content(token)!r}")
+        raise ValueError(f"the tokenizer in {directory} has no token {content_of(token)!r}")
     return found
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:

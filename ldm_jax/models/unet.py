@@ -95,10 +95,11 @@ class DownBlock(Level):
 
 
 class MidBlock(Level):
-    """The middle: attention between two residual blocks, or one residual block alone."""
+    """The middle: attention between two residual blocks, one residual block alone, or nothing."""
 
     def __init__(self, width: int, config: UNetConfig, rngs: nnx.Rngs) -> None:
-        super().__init__([width], width, config.mid_depth, config, rngs)
+        inputs = [] if config.mid_depth is None else [width]
+        super().__init__(inputs, width, config.mid_depth or 0, config, rngs)
         if config.mid_depth:
             self.resnets.append(_res_block(width, width, config, rngs))
 

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 from ldm_jax.models import names
 from ldm_jax.models.computation import PRECISIONS, REMAT
+from ldm_jax.models.json_files import typed
 from ldm_jax.settings.fields import NOTHING, check_fields, one_of, setting
 
 EPSILON = 1e-5
@@ -48,6 +49,40 @@ FOLLOWS = (
     "addition_embed_type",
 )
 
+# Diffusers' names, types and defaults of the rest.
+FIELDS = {
+    "in_channels": (int, 4),
+    "out_channels": (int, 4),
+    "block_out_channels": (tuple[int, ...], (320, 640, 1280, 1280)),
+    "down_block_types": (tuple[str, ...], ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",)),
+    "mid_block_type": (str | None, "UNetMidBlock2DCrossAttn"),
+    "layers_per_block": (int | tuple[int, ...], 2),
+    "transformer_layers_per_block": (int | tuple[int, ...], 1),
+    "attention_head_dim": (int | tuple[int, ...], 8),
+    "cross_attention_dim": (int, 1280),
+    "norm_num_groups": (int, 32),
+    "use_linear_projection": (bool, False),
+    "sample_size": (int | None, None),
+    "addition_embed_type": (str | None, None),
+    "addition_time_embed_dim": (int | None, None),
+    "projection_class_embeddings_input_dim": (int | None, None),
+}
+
+# SDXL's refiner, which is told of five numbers and not of six, has the config of a network with other texts.
+REFINER = {
+    "cross_attention_dim": 1280,
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 1280 + 5 * 256,
+}
+
+# What diffusers says once for all levels, or for each.
+BY_LEVEL = (
+    "down_block_types",
+    "layers_per_block",
+    "transformer_layers_per_block",
+    "attention_head_dim",
+)
+
 STABLE_DIFFUSION, DEEPFLOYD = "stable_diffusion", "deepfloyd"
 
 
@@ -80,7 +115,8 @@ class UNetConfig:
     `blocks` is a row of BLOCKS: Stable Diffusion's, or those of DeepFloyd IF, where the time scales and shifts a
     residual block, such blocks also halve and double the map, and one attention to the text and the image at once
     (no feed-forward layer) follows each. `transformer_depth` counts the transformer blocks after each residual
-    block of a level, `mid_depth` those in the middle; 0 is no attention, and IF has at most 1. Heads are
+    block of a level, `mid_depth` those in the middle; 0 is no attention, and IF has at most 1. A `mid_depth` of None
+    is a network without a middle block, as BK-SDM has it (Kim et al. 2023, arXiv:2305.15798). Heads are
     `head_width` wide; or there are `num_heads` of them at every level, where that is not 0. `sample_size`, the
     side of the latents, is what diffusers renders by default. `use_linear_projection` says how checkpoints hold
     the projections around a transformer: as linear layers, or as 1x1 convolutions. `dtype` is that of the
@@ -97,7 +133,8 @@ class UNetConfig:
     num_res_blocks: int = setting(2, within="[1, inf)")
     # transformer blocks after each residual block of a level; 0: no attention
     transformer_depth: tuple[int, ...] = setting((1, 1, 1, 0), within="[0, inf)", count="[1, inf)")
-    mid_depth: int = setting(1, within="[0, inf)")  # transformer blocks in the middle
+    # transformer blocks in the middle; none: there is no middle block
+    mid_depth: int | None = setting(1, within="[0, inf)")
     head_width: int = setting(64, within="[1, inf)")  # width of an attention head
     # heads at every level, in place of head_width; 0: as many as fit
     num_heads: int = setting(0, within="[0, inf)")
@@ -173,36 +210,34 @@ class UNetConfig:
         """
         where = "UNet2DConditionModel"
         names.check_fixed(values, FIXED, where)
-        channels = tuple(values["block_out_channels"])
-        down = values["down_block_types"]
-        attends = ["CrossAttn" in block for block in down]
+        given = typed(values, FIELDS)
+        channels = given["block_out_channels"]
+        down, sizes, depths, heads = (_by_level(given, name) for name in BY_LEVEL)
+        depth = tuple(
+            d if "CrossAttn" in block else 0 for d, block in zip(depths, down, strict=True)
+        )
         blocks = DEEPFLOYD if down[0] in BLOCKS[DEEPFLOYD] else STABLE_DIFFUSION
-        mid_attends = values.get("mid_block_type", "UNetMidBlock2DCrossAttn").endswith("CrossAttn")
-        depths = _by_level(values.get("transformer_layers_per_block", 1), len(channels))
-        depth = tuple(d if attend else 0 for d, attend in zip(depths, attends, strict=True))
-        sizes = _by_level(values.get("layers_per_block", 2), len(channels))
         config = cls(
-            in_channels=values.get("in_channels", 4),
-            out_channels=values.get("out_channels", 4),
+            in_channels=given["in_channels"],
+            out_channels=given["out_channels"],
             blocks=blocks,
             channels=channels,
             num_res_blocks=sizes[0],
             transformer_depth=depth,
-            mid_depth=depths[-1] if mid_attends else 0,
-            **_heads(values.get("attention_head_dim", 8), channels, blocks),
-            text_width=values.get("cross_attention_dim", 1280),
-            **_added(values),
-            num_groups=values.get("norm_num_groups", 32),
-            use_linear_projection=values.get("use_linear_projection", False),
-            sample_size=values.get("sample_size") or 64,
+            mid_depth=_mid_depth(given["mid_block_type"], depths[-1]),
+            **_heads(heads, channels, blocks),
+            text_width=given["cross_attention_dim"],
+            **_added(given),
+            num_groups=given["norm_num_groups"],
+            use_linear_projection=given["use_linear_projection"],
+            sample_size=given["sample_size"] or 64,
             dtype=dtype,
             remat=remat,
         )
         written = config.to_diffusers()
         names.check_fixed(values, {name: written[name] for name in FOLLOWS}, where)
-        names.check_fixed(
-            {"layers_per_block": sizes}, {"layers_per_block": sizes[:1] * len(sizes)}, where
-        )
+        same = {"layers_per_block": sizes[:1] * len(sizes)}
+        names.check_fixed({"layers_per_block": sizes}, same, where)
         return config
 
     def to_diffusers(self) -> dict[str, Any]:
@@ -237,11 +272,16 @@ class UNetConfig:
             "use_linear_projection": self.use_linear_projection,
             "sample_size": self.sample_size,
             "down_block_types": down,
-            "mid_block_type": blocks.middle if self.mid_depth else "UNetMidBlock2D",
+            "mid_block_type": self._middle(blocks.middle),
             "up_block_types": [block.replace("Down", "Up") for block in reversed(down)],
             "resnet_time_scale_shift": blocks.time,
             **self._added(),
         }
+
+    def _middle(self, attending: str) -> str | None:
+        if self.mid_depth is None:
+            return None
+        return attending if self.mid_depth else "UNetMidBlock2D"
 
     def _added(self) -> dict[str, Any]:
         if not self.pooled_width:
@@ -255,26 +295,48 @@ class UNetConfig:
     def depths(self) -> list[tuple[int, int]]:
         """(channels, transformer depth) of every level, and of the middle."""
         levels = zip(self.channels, self.transformer_depth, strict=True)
-        return [*levels, (self.channels[-1], self.mid_depth)]
+        return [*levels, (self.channels[-1], self.mid_depth or 0)]
 
 
-def _by_level(value: int | list[int] | tuple[int, ...], levels: int) -> list[int]:
-    return [value] * levels if isinstance(value, int) else list(value)
+def _by_level(given: Mapping[str, Any], name: str) -> list[Any]:
+    value, levels = given[name], len(given["block_out_channels"])
+    values = list(value) if isinstance(value, tuple) else [value] * levels
+    if len(values) != levels:
+        raise ValueError(f"{name} is {values}, and block_out_channels has {levels} levels")
+    return values
 
 
-def _added(values: Mapping[str, Any]) -> dict[str, int]:
-    if values.get("addition_embed_type") != "text_time":
+def _mid_depth(kind: str | None, depth: int) -> int | None:
+    if kind is None:
+        return None
+    return depth if kind.endswith("CrossAttn") else 0
+
+
+def _added(given: Mapping[str, Any]) -> dict[str, int]:
+    if given["addition_embed_type"] != "text_time":
         return {}
-    size_width = values["addition_time_embed_dim"]
-    together = values["projection_class_embeddings_input_dim"]
-    return {"pooled_width": together - 6 * size_width, "size_width": size_width}
+    if all(given[name] == value for name, value in REFINER.items()):
+        raise ValueError(
+            "SDXL's refiner is not supported: it is told of five numbers, one of them an aesthetic score;"
+            " only networks that are told of six sizes are, such as SDXL's base"
+        )
+    size_width = given["addition_time_embed_dim"] or 0
+    pooled_width = (given["projection_class_embeddings_input_dim"] or 0) - 6 * size_width
+    if not size_width or pooled_width < 1:
+        raise ValueError(
+            "addition_embed_type 'text_time' takes an addition_time_embed_dim and a"
+            " projection_class_embeddings_input_dim of more than 6 times as much; they are"
+            f" {given['addition_time_embed_dim']} and {given['projection_class_embeddings_input_dim']}"
+        )
+    return {"pooled_width": pooled_width, "size_width": size_width}
 
 
-def _heads(
-    counts: int | list[int] | tuple[int, ...], channels: tuple[int, ...], blocks: str
-) -> dict[str, int]:
+def _heads(counts: list[int], channels: tuple[int, ...], blocks: str) -> dict[str, int]:
     """`attention_head_dim`, which by an old mistake of diffusers' holds the number of heads, but not for IF."""
-    counts = _by_level(counts, len(channels))
+    if any(count > width for width, count in zip(channels, counts, strict=True)):
+        raise ValueError(
+            f"attention_head_dim={counts} is more than block_out_channels={list(channels)}"
+        )
     if blocks == DEEPFLOYD:
         counts = [width // size for width, size in zip(channels, counts, strict=True)]
     elif len(set(counts)) == 1:

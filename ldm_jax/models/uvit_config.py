@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from ldm_jax.models.computation import PRECISIONS, REMAT
+from ldm_jax.models.json_files import check_known, fields_of, typed
 from ldm_jax.models.names import Names, check_fixed
 from ldm_jax.settings.fields import NOTHING, check_fields, one_of, setting
 
@@ -76,8 +77,9 @@ class UViTConfig:
     ) -> "UViTConfig":
         """From the content of a `config.json`. Raises ValueError for one of another class."""
         check_fixed(values, CLASS, "a U-ViT")
-        fields = {name: value for name, value in values.items() if name not in CLASS}
-        return cls(**fields, dtype=dtype, remat=remat)
+        fields = fields_of(cls)
+        check_known(values, {**CLASS, **fields}, "a U-ViT")
+        return cls(**typed(values, fields), dtype=dtype, remat=remat)
 
     def to_dict(self) -> dict[str, Any]:
         """The content of `config.json`: what the network is, not how it is computed."""

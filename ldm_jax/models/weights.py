@@ -22,11 +22,19 @@ from jax.experimental import multihost_utils
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
+from ldm_jax.models.json_files import naming, read_json, typed
 from ldm_jax.models.names import Entry, Names, current_key, entries, flatten, to_ours, to_theirs
 from ldm_jax.types import Params
 
 STEMS = ("diffusion_pytorch_model", "model")
 DTYPES = ("float32", "float16")
+READABLE = (
+    "F64",
+    "F32",
+    "F16",
+    "BF16",
+)  # the others are integers, or need scales that lie elsewhere
+STORED = ("dtype", "torch_dtype")  # transformers' names for what weights are stored in
 MAX_SHARD_SIZE = 10_000_000_000  # bytes: diffusers' default; readers take files of any size
 NAMED = 5  # tensors that an error message names before it only counts
 
@@ -38,14 +46,11 @@ _WEIGHTS = re.compile(  # every file that holds weights, or lists those that do
 
 
 def read_config(directory: str | os.PathLike) -> dict[str, Any]:
-    """The content of `config.json`. Raises FileNotFoundError, or ValueError where it is not JSON."""
+    """The content of `config.json`. Raises FileNotFoundError, or ValueError where it is no JSON object."""
     path = Path(directory) / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"{directory} has no config.json; {_content(Path(directory))}")
-    try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
+    return read_json(path)
 
 
 def load(
@@ -98,7 +103,8 @@ def save(
 ) -> None:
     """Writes `config.json` and safetensors files, which `from_pretrained` of the class named in `config` opens.
 
-    `config` is what the network's `to_diffusers` or `to_transformers` gives; `dtype` is float32 or float16. What takes
+    `config` is what the network's `to_diffusers` or `to_transformers` gives, or a file that says the same and more;
+    where transformers names the dtype of the weights in it, it becomes `dtype`, which is float32 or float16. What takes
     more than `max_shard_size` bytes is divided into files that do not, with an index beside them; only a tensor that
     is larger by itself makes a larger file. The host holds the tensors of one file at a time. Where parameters lie on
     several hosts, all processes call this, and process 0 writes.
@@ -120,8 +126,9 @@ def save(
     stem = STEMS[0] if "_class_name" in config else STEMS[1]
     sizes = {entry.key: math.prod(entry.shape) * np.dtype(dtype).itemsize for entry in found}
     files = _divided(sizes, max_shard_size, stem)
+    stored = {name: dtype for name in STORED if name in config and stem == STEMS[1]}
     with _replacing(Path(directory)) as unfinished:
-        described = _write_json(unfinished / "config.json", dict(config))
+        described = _write_json(unfinished / "config.json", {**config, **stored})
         for name, keys in files.items():
             metadata = {"format": "pt"}  # transformers refuses a file without it
             save_file(dict(itertools.islice(tensors, len(keys))), unfinished / name, metadata)
@@ -180,8 +187,9 @@ class _Stored:
 
 @dataclasses.dataclass(frozen=True)
 class _InFile:
-    """A tensor of an open safetensors file, read every time anew."""
+    """A tensor of an open safetensors file, read every time anew; ValueError for one that holds no real numbers."""
 
+    file: Path
     handle: Any
     key: str
 
@@ -190,6 +198,10 @@ class _InFile:
         return tuple(self.handle.get_slice(self.key).get_shape())
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        if (kind := self.handle.get_slice(self.key).get_dtype()) not in READABLE:
+            raise ValueError(
+                f"{self.file}: {self.key} is stored as {kind}; only {', '.join(READABLE)} can be read"
+            )
         array = self.handle.get_tensor(self.key)
         return array if dtype is None else array.astype(dtype, copy=False)
 
@@ -306,7 +318,7 @@ def _in_files(directory: Path) -> Iterator[tuple[str, _InFile]]:
     for file in _files(directory):
         handle = _opened(file)
         for key in handle.keys():  # noqa: SIM118  (not a dict)
-            yield key, _InFile(handle, key)
+            yield key, _InFile(file, handle, key)
 
 
 def _files(directory: Path) -> list[Path]:
@@ -331,7 +343,11 @@ def _files(directory: Path) -> list[Path]:
 
 
 def _indexed(index: Path) -> list[Path]:
-    shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    content = read_json(index)
+    with naming(index):
+        weight_map = typed(content, {"weight_map": (dict, {})})["weight_map"]
+        files = typed(weight_map, dict.fromkeys(weight_map, (str, None)))
+    shards = sorted(set(files.values()))
     absent = [shard for shard in shards if not (index.parent / shard).is_file()]
     if absent:
         raise FileNotFoundError(f"{index} lists shards that are not there: {_listed(absent)}")

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
 from ldm_jax.models.flops import traced_flops
@@ -18,7 +19,7 @@ from ldm_jax.parallel import batch_sharding, check_rows, device_bytes, jit, repl
 from ldm_jax.planning.cost import Cost, OutOfMemory, Profile, cost, profile, wasteful
 from ldm_jax.runs.pretrained import Pretrained, abstract_pretrained
 from ldm_jax.runs.run import Run
-from ldm_jax.types import Batch, Cond
+from ldm_jax.types import Batch
 
 _log = logging.getLogger(__name__)
 PAUSE = 30.0  # seconds between words on a compilation
@@ -98,18 +99,10 @@ def batch(run: Run) -> Batch:
     """Makes the shapes of a training batch, placed on the mesh."""
     rows, places = run.config.train.batch, batch_sharding(run.mesh)
 
-    def array(dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((rows, *shape), dtype, sharding=places)
+    def array(one: np.ndarray) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((rows, *one.shape[1:]), one.dtype, sharding=places)
 
-    tokens = array(jnp.int32, _text_tokens(run.frozen))
-    stored = run.config.data.text_embeddings
-    channels = run.frozen.autoencoder.config.latent_channels
-    return Batch(
-        latents=array(jnp.float32, run.side, run.side, channels),
-        text=_embedded(run.frozen, tokens, places) if stored else tokens,
-        weight=array(jnp.float32),
-        index=array(jnp.uint32),
-    )
+    return jax.tree.map(array, run.empty_batch())
 
 
 def sampling(run: Run) -> Program:
@@ -223,14 +216,3 @@ def _products(text: str) -> int:
 def _text_tokens(pretrained: Pretrained) -> int:
     """Ids of a caption, of all its tokenizers."""
     return sum(tokenizer.max_length for tokenizer in pretrained.text.tokenizers)
-
-
-def _embedded(pretrained: Pretrained, tokens: jax.ShapeDtypeStruct, places: Any) -> Cond:
-    cond = jax.eval_shape(pretrained.encode, {"text": pretrained.text_params}, tokens)
-    # The loader gives all but the mask as float32.
-    return jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(
-            x.shape, bool if x.dtype == bool else jnp.float32, sharding=places
-        ),
-        cond,
-    )

@@ -64,6 +64,8 @@ from ldm_jax.settings.schema import (
     values,
     with_absolute_paths,
 )
+from ldm_jax.tasks import OBJECTIVES, Objective
+from ldm_jax.tasks.pretraining import Pretraining
 from ldm_jax.training.optimizer import OptimizerConfig
 
 COUNTED = 4294967295  # examples; a state counts them in 32 bits
@@ -247,6 +249,10 @@ class RunConfig:
     sampling: SamplingConfig = setting(SamplingConfig(), decides=IMAGES)
     eval: EvalConfig = setting(EvalConfig(), decides=SCORES)
     mesh: MeshConfig = setting(MeshConfig(), decides=NOTHING)
+    # what training minimises
+    objective: Objective = choice(OBJECTIVES, Pretraining(), decides=PARAMETERS)
+    # directory of a run or of a pipeline in diffusers' layout, whose weights training starts from; none: fresh ones
+    initial: str | None = setting(None, path=absolute_path, decides=PARAMETERS)
 
     def __post_init__(self) -> None:
         check_fields(self)

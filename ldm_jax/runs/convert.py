@@ -14,8 +14,9 @@ from etils import epath
 from ldm_jax.files.buckets import in_bucket
 from ldm_jax.models import Backbone, originals, scheduler, weights
 from ldm_jax.models.clip import CLIPTextConfig
+from ldm_jax.models.json_files import read_json
 from ldm_jax.models.names import Names
-from ldm_jax.models.networks import Kind, described, make_network
+from ldm_jax.models.networks import NAMES, Kind, described, make_network
 from ldm_jax.models.pixart_config import PixArtConfig
 from ldm_jax.models.t5 import T5Config
 from ldm_jax.models.text import Text
@@ -113,6 +114,7 @@ def from_pipeline(source: epath.PathLike, to: Path, save: Save) -> None:
         raise FileNotFoundError(
             f"--from={source} is neither a run ({CONFIG_FILE}) nor a pipeline ({INDEX}), and no file"
         )
+    read_json(source / INDEX)
     for path in sorted(source.iterdir()):
         if path.is_file():
             shutil.copy(path, to)
@@ -121,21 +123,35 @@ def from_pipeline(source: epath.PathLike, to: Path, save: Save) -> None:
 
 
 def copy(source: Path, to: Path, save: Save) -> None:
-    """One part of a pipeline: a network is read into this library's form and written from it."""
+    """One part of a pipeline: a network's weights are read into this library's form and written from it.
+
+    Its config.json stays as it is, since diffusers and transformers need more of it than the network here does, such
+    as `upcast_attention` in half precision.
+    """
     if source.name not in NETWORKS:
         shutil.copytree(source, to)
         return
     kind, config = described(source)
-    write_network(kind, config, functools.partial(weights.lazy, source), to, save)
+    kept = weights.read_config(source)
+    write_network(kind, config, functools.partial(weights.lazy, source), to, save, kept)
 
 
 def write_network(
-    kind: Kind, config: Any, read: Callable[[Params, Names], Params], to: Path, save: Save
+    kind: Kind,
+    config: Any,
+    read: Callable[[Params, Names], Params],
+    to: Path,
+    save: Save,
+    kept: Mapping[str, Any] | None = None,
 ) -> None:
-    """Writes a network's directory with the parameters that `read(like, names)` returns."""
+    """Writes a network's directory with the parameters that `read(like, names)` returns.
+
+    Its config.json holds `kept`, and otherwise what the config says; of either, the class is that of what is written.
+    """
     like = jax.eval_shape(make_network(config).init, jax.random.key(0))
-    names = kind.names(config)
-    save(to, read(like, names), names, kind.write(config))
+    names, values = kind.names(config), kind.write(config)
+    named = {name: values[name] for name in NAMES if name in values}
+    save(to, read(like, names), names, {**(values if kept is None else kept), **named})
 
 
 def from_run(workdir: epath.Path, to: Path, save: Save, which: str | None) -> None:

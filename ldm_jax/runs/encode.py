@@ -7,6 +7,7 @@ import jax
 
 from ldm_jax.data import encoding, open_source
 from ldm_jax.data.latents import Manifest
+from ldm_jax.data.sources import tally
 from ldm_jax.models import weights
 from ldm_jax.parallel import jit, put_same
 from ldm_jax.runs.config import claim
@@ -63,9 +64,9 @@ def make_text_encoder(run: Run) -> encoding.TextEncoder:
 
 
 def _summary(manifest: Manifest) -> str:
-    skipped = ", ".join(f"{len(keys)} {reason}" for reason, keys in manifest.skipped.items())
+    left_out = f", left out: {tally(manifest.left_out)}" if manifest.left_out else ""
     std = ", ".join(f"{value:.2f}" for value in manifest.latent_std)
     return (
-        f"{manifest.written} records of {manifest.read} items, skipped: {skipped or 'none'}; "
+        f"{manifest.written} records of {manifest.read} items, skipped: {tally(manifest.skipped)}{left_out}; "
         f"latents {'x'.join(map(str, manifest.latent_shape))}, std {std}"
     )

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -44,12 +45,17 @@ class Pretrained(NamedTuple):
     text_params: tuple[Params, ...]
     scoring: ScoringNetworks
     tile: int  # latent rows and columns that are decoded at a time; 0: all
+    beside: Mapping[str, Network] = MappingProxyType(
+        {}
+    )  # those that the objective asks for, by name
 
     @property
     def params(self) -> Params:
         """The parameters of all networks, an argument of the jitted programs."""
         scoring = {name: network.params for name, network in self.scoring.items()}
-        return {**scoring, "autoencoder": self.autoencoder.params, "text": self.text_params}
+        beside = {name: network.params for name, network in self.beside.items()}
+        own = {"autoencoder": self.autoencoder.params, "text": self.text_params}
+        return {**scoring, **beside, **own}
 
     def encode(self, frozen: Params, text: Tokens | Cond) -> Cond:
         """Tokens through the text encoders; text that is encoded already as it is."""
@@ -117,8 +123,9 @@ def _load_scoring(
         raise ValueError(f"{path} holds a network of the kind {kind}, and is to be the {name}")
     if row.text is None:
         return network
-    tokenizer = Tokenizer.from_directory(path)
-    _check_tokenizer(path, tokenizer, row.text(network.config))
+    text = row.text(network.config)
+    tokenizer = Tokenizer.from_directory(path, positions=text.max_position_embeddings)
+    _check_tokenizer(path, tokenizer, text)
     return network._replace(tokenizer=tokenizer)
 
 
@@ -177,8 +184,11 @@ def _load_text(
         if number and not path.is_dir():
             continue
         network = load(path, config.text_precision)
-        length = T5_LENGTH if isinstance(network.config, T5Config) else None
-        tokenizer = Tokenizer.from_directory(directory / f"tokenizer{number}", length)
+        if isinstance(network.config, T5Config):
+            length = {"max_length": T5_LENGTH}
+        else:
+            length = {"positions": network.config.max_position_embeddings}
+        tokenizer = Tokenizer.from_directory(directory / f"tokenizer{number}", **length)
         _check_tokenizer(directory, tokenizer, network.config)
         networks.append(network)
         tokenizers.append(tokenizer)

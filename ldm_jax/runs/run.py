@@ -5,6 +5,7 @@ import copy
 import dataclasses
 import functools
 import hashlib
+import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -16,15 +17,16 @@ from etils import epath
 from jax.sharding import Mesh
 
 from ldm_jax import diffusion
+from ldm_jax.data.encoding import stored
 from ldm_jax.data.latents import Autoencoder, Manifest, main_captions
-from ldm_jax.data.loader import Loader, fixed_batch
+from ldm_jax.data.loader import Collate, Example, Loader, fixed_batch
 from ldm_jax.evals.evaluator import Evaluator, Viewer, proceed
 from ldm_jax.evals.generation import Generate, make_generate
 from ldm_jax.evals.prompts import Prompts, read_prompts
 from ldm_jax.files.buckets import in_bucket
 from ldm_jax.files.durable import alone_in
 from ldm_jax.metrics.resize import rounded
-from ldm_jax.models import weights
+from ldm_jax.models import BACKBONES, Backbone, weights
 from ldm_jax.models.axes import TABLE
 from ldm_jax.models.flops import Count, count
 from ldm_jax.models.networks import make_network
@@ -40,13 +42,22 @@ from ldm_jax.parallel import (
     shardings,
 )
 from ldm_jax.runs.config import CHECKPOINTS, RunConfig, SamplingConfig
-from ldm_jax.runs.pretrained import Pretrained, ScoringNetworks, load_pretrained, load_scoring
+from ldm_jax.runs.initial import copied, fitted, read_backbone
+from ldm_jax.runs.pretrained import (
+    Network,
+    Pretrained,
+    ScoringNetworks,
+    load_pretrained,
+    load_scoring,
+)
 from ldm_jax.training import State, abstract_state, init_state, make_optimizer, make_step
 from ldm_jax.training.checkpoints import Checkpoints
+from ldm_jax.training.optimizer import restricted
 from ldm_jax.training.step import Step
-from ldm_jax.types import Batch, Cond, Params, Point
+from ldm_jax.types import Apply, Batch, Cond, Params, Point
 
 Validate = Callable[..., dict[str, float]]
+_log = logging.getLogger(__name__)
 
 
 class Training(NamedTuple):
@@ -96,7 +107,14 @@ class Run:
     @functools.cached_property
     def frozen(self) -> Pretrained:
         """The frozen networks: autoencoder, text encoders, and those that score."""
-        return load_pretrained(self.config, self.mesh, self.scorers)
+        frozen = load_pretrained(self.config, self.mesh, self.scorers)
+        beside = self.config.objective.networks()
+        found = {name: read_backbone(path, self.place) for name, path in beside.items()}
+        networks = {
+            name: Network(given.backbone, make_network(given.backbone).apply, given.params)
+            for name, given in found.items()
+        }
+        return frozen._replace(beside=networks)
 
     @functools.cached_property
     def network(self) -> Functional:
@@ -114,11 +132,8 @@ class Run:
         }
         if backbone.pooled_width:
             fits["pooled_width"] = backbone.pooled_width, self.frozen.text.pooled_width
-        for field, (given, wanted) in fits.items():
-            if given != wanted:
-                raise ValueError(
-                    f"the backbone's {field} is {given}, and the pretrained models have {wanted}"
-                )
+        if wrong := [(field, *pair) for field, pair in fits.items() if pair[0] != pair[1]]:
+            raise ValueError(_misfit(backbone, wrong))
         if self.side % backbone.multiple:
             raise ValueError(
                 f"data.size is {self.config.data.size}, which gives latents of {self.side} rows; this backbone takes a"
@@ -146,6 +161,11 @@ class Run:
         number = int.from_bytes(hashlib.sha256(use.encode()).digest()[:4], "little")
         return jax.random.fold_in(jax.random.key(self.config.seed), number)
 
+    @property
+    def apply(self) -> Apply:
+        """The backbone as a function of its parameters, noisy latents, time and context."""
+        return self.network.apply
+
     @functools.cached_property
     def prepare(self) -> Callable[[Params, Cond], Any]:
         """Function from parameters and an encoded prompt to what the backbone computes once per prompt."""
@@ -162,24 +182,44 @@ class Run:
     def training(self) -> Training:
         """The step and the state, placed on the mesh."""
         config, train = self.config, self.config.train
-        loss = diffusion.make_loss(
-            self.network.apply,
-            self.prepare,
-            self.frozen.encode,
-            schedule=config.schedule,
-            prediction=self.prediction,
-            times=config.times,
-            draw=config.draw,
-            weighting=config.weighting,
-        )
+        objective, half_life = config.objective, config.objective.half_life(self)
         tx = make_optimizer(config.optimizer, batch_size=train.batch, examples=train.examples)
-        place = functools.partial(shardings, table=TABLE, rules=config.mesh.pairs, mesh=self.mesh)
-        init, ema = self.network.init, train.ema > 0
+        tx = restricted(tx, objective.trained)
+        loss, init, ema = objective.loss(self), self.network.init, half_life > 0
         return Training(
-            make_step(loss, tx, self.key("train"), ema=train.ema, accumulate=train.accumulate),
-            lambda: init_state(init, tx, self.key("init"), place, ema=ema),
-            abstract_state(init, tx, place, ema=ema),
+            make_step(loss, tx, self.key("train"), ema=half_life, accumulate=train.accumulate),
+            lambda: init_state(init, tx, self.key("init"), self.place, ema=ema),
+            abstract_state(init, tx, self.place, ema=ema),
         )
+
+    def place(self, tree: Any) -> Any:
+        """Maps a tree of shapes to the shardings that the rules of the mesh give."""
+        return shardings(tree, table=TABLE, rules=self.config.mesh.pairs, mesh=self.mesh)
+
+    def initial(self) -> Params:
+        """Reads the parameters of `config.initial` and fits them into the backbone.
+
+        Raises:
+          FileNotFoundError, ValueError: as `read_backbone`, `Given.require` and `fitted`.
+        """
+        given = read_backbone(self.config.initial, self.place)
+        given.require(self.config)
+        fresh = self.training.init().params
+        return fitted(given, self.config.backbone, fresh, self.config.objective.differs)
+
+    def state(self) -> State:
+        """Restores the newest sound checkpoint; without one, starts from `config.initial`, or from fresh values."""
+        if self.checkpoints.latest() is not None:
+            state = self.checkpoints.restore(self.training.abstract)
+            _log.info("Continuing after %d examples.", int(state.examples))
+            return state
+        state = self.training.init()
+        if self.config.initial is None:
+            return state
+        params = self.initial()
+        _log.info("Starting from the weights of %s.", self.config.initial)
+        average = None if state.ema is None else copied(params)
+        return state._replace(params=params, ema=average)
 
     def jit_step(self) -> Callable[..., Any]:
         """Returns `step(state, frozen, batch) -> (state, scalars)`, compiled; it takes the state's memory."""
@@ -196,9 +236,13 @@ class Run:
     def weights(self) -> tuple[int, Params]:
         """Reads the newest checkpoint: the examples that it has seen, and the parameters that `eval.weights` names.
 
+        Without a checkpoint they are those of `config.initial`, which have seen no example.
+
         Raises:
-          FileNotFoundError: there is no sound checkpoint.
+          FileNotFoundError: there is no sound checkpoint, and the config names no initial weights.
         """
+        if self.config.initial is not None and self.checkpoints.latest() is None:
+            return 0, self.initial()
         ema = self.config.eval.weights == "ema" and self.config.train.ema
         field = "ema" if ema else "params"
         state = self.checkpoints.restore(self.training.abstract, only=(field, "examples"))
@@ -248,9 +292,11 @@ class Run:
         """
         directory = self.records()
         self.check_records(directory)
+        if missing := self.config.objective.needs(self.empty_batch()):
+            raise ValueError(f"the objective needs {missing}, which {directory} does not give")
         index, count = batch_share(self.mesh)
         return Loader(
-            directory,
+            [(directory, 1.0)],
             batch=self.config.train.batch,
             seed=self.config.seed,
             policy=self.config.captions,
@@ -260,13 +306,24 @@ class Run:
             threads=self.config.data.workers,
         )
 
+    def empty_batch(self) -> Batch:
+        """Makes a batch of one example, all zeros, as the loader makes batches of records."""
+        channels = self.frozen.autoencoder.config.latent_channels
+        latents, text = np.zeros((self.side, self.side, channels), np.float16), ""
+        if self.tokenizer is None:
+            tokens, frozen = self.frozen.text([""]), {"text": self.frozen.text_params}
+            cond = jax.eval_shape(self.frozen.encode, frozen, tokens)
+            zeros = stored(jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), cond))
+            text = {name: rows[0] for name, rows in zeros.items()}
+        return Collate(self.tokenizer)([Example(latents, text, 0)])
+
     def check_records(self, directory: Path) -> Manifest:
         """Reads the manifest of a directory of latents. Raises ValueError if this run cannot use it."""
-        stored = self.config.data.text_embeddings
+        embedded = self.config.data.text_embeddings
         manifest = Manifest.read_from(directory)
         manifest.require(
             autoencoder=self.autoencoder.fingerprint,
-            text_encoder=weights.fingerprint(self.frozen.text_params) if stored else "",
+            text_encoder=weights.fingerprint(self.frozen.text_params) if embedded else "",
         )
         if manifest.size != self.config.data.size:
             raise ValueError(
@@ -396,6 +453,24 @@ class Run:
             for first in range(0, count, size)
         ]
         return parts, count
+
+
+# The setting behind a property of a backbone.
+SET_BY = {"predicted_channels": "out_channels"}
+
+
+def _misfit(backbone: Backbone, wrong: Sequence[tuple[str, int, int]]) -> str:
+    """Says which fields of a backbone do not fit, as (field, given, wanted), and the flags that set them right."""
+    said = "; ".join(
+        f"{field} is {given}, and the pretrained models have {wanted}"
+        for field, given, wanted in wrong
+    )
+    (name,) = (name for name, kind in BACKBONES.items() if type(backbone) is kind)
+    flags = " ".join(
+        f"--config.backbone.{name}.{SET_BY.get(field, field)}={wanted}"
+        for field, _, wanted in wrong
+    )
+    return f"the backbone's {said}: give {flags}, or --config.pretrained with others"
 
 
 @contextlib.contextmanager

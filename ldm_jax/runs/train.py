@@ -38,7 +38,7 @@ def train(run: Run, watch: Stopwatch) -> None:
     loader, step, frozen = run.loader(), run.jit_step(), run.frozen.params
     first = distributed.is_first()
     claim(run.config, run.workdir, write=first)
-    state = begin(run)
+    state = run.state()
     begun = int(state.examples)
     hooks = make_hooks(run, begun, make_evaluated(run))
     loader.seek(begun)
@@ -78,15 +78,6 @@ def tell_time(watch: Stopwatch, workdir: epath.Path, begun: int) -> None:
     line = {"from": begun, **watch.programs, "seconds": seconds}
     with tolerated("Where the time went"):  # nor may this hide why a run ends
         append_line(workdir / "goodput.jsonl", line)
-
-
-def begin(run: Run) -> State:
-    """Restores the newest sound checkpoint, or makes a fresh state where there is no checkpoint at all."""
-    if run.checkpoints.latest() is None:
-        return run.training.init()
-    state = run.checkpoints.restore(run.training.abstract)
-    logging.info("Continuing after %d examples.", int(state.examples))
-    return state
 
 
 class Evaluated(NamedTuple):

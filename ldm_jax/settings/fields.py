@@ -8,6 +8,7 @@ write it; a module that may not import this one writes the same keys. A class is
 
 import dataclasses
 import difflib
+import itertools
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
@@ -101,5 +102,14 @@ def check_name(value: Any, names: Collection[str], path: str) -> str:
 
 
 def _nearest(key: Any, present: Collection[str]) -> str:
-    match = difflib.get_close_matches(str(key), list(present), n=1)
-    return f" (did you mean {match[0]!r}?)" if match else ""
+    matches = difflib.get_close_matches(str(key), list(present))
+    if not matches:
+        return ""
+    # Slips are rare at the start of a name: "dpm++" is nearer to "dpmpp" than to "ddpm".
+    nearest = max(matches, key=lambda match: _shared_start(match, str(key)))
+    return f" (did you mean {nearest!r}?)"
+
+
+def _shared_start(first: str, second: str) -> int:
+    pairs = zip(first, second, strict=False)
+    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))

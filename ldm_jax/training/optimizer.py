@@ -1,6 +1,7 @@
 """AdamW with warm-up and clipping; its clock counts examples."""
 
-from collections.abc import Callable
+import fnmatch
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,6 +77,23 @@ def make_optimizer(
             mask=decayed,
         ),
     )
+
+
+def restricted(
+    tx: optax.GradientTransformation, trained: Sequence[str]
+) -> optax.GradientTransformation:
+    """Returns `tx` for the parameters whose paths match one of the fnmatch patterns; the others keep their values."""
+    if tuple(trained) == ("*",):
+        return tx
+
+    def labels(params: Any) -> Any:
+        def label(path: tuple[Any, ...], leaf: Any) -> str:
+            name = leaf_name(path)
+            return "trained" if any(fnmatch.fnmatch(name, row) for row in trained) else "kept"
+
+        return jax.tree_util.tree_map_with_path(label, params)
+
+    return optax.partition({"trained": tx, "kept": optax.set_to_zero()}, labels)
 
 
 def learning_rate(config: OptimizerConfig, *, batch_size: int, examples: int) -> optax.Schedule:

@@ -76,6 +76,7 @@ def test_what_is_no_probability_is_refused():
         ((" \n\t",), "empty caption"),
         (("a dog", "  "), "empty caption"),
         (("x" * 10_000,), "caption longer than 4000 characters"),
+        (("a\0b",), "NUL in caption"),
         ((b"caf\xe9".decode("utf-8", "surrogateescape"),), "caption is not UTF-8"),
     ],
 )

@@ -119,6 +119,7 @@ BAD = {
     "empty caption": (image_file(), b" \n"),
     "caption longer than 4000 characters": (image_file(), b"x" * 10_000),
     "caption is not UTF-8": (image_file(), b"caf\xe9"),
+    "NUL in caption": (image_file(), b"a \0 caption"),
     "truncated or unreadable image": (image_file(size=(200, 200))[:700], b"a caption"),
     "empty file": (b"", b"a caption"),
     "image smaller than 16 pixels": (image_file("PNG", (1, 1)), b"a caption"),
@@ -142,6 +143,26 @@ def test_a_bad_item_is_skipped_counted_and_listed(tmp_path, reason):
     assert [record.key for record in stored] == ["0.jpg", "1.jpg", "2.jpg"]
     expected = pool(to_square(image_file(), SIZE)[None] / 127.5 - 1)[0]
     np.testing.assert_allclose(stored[0].latents, expected, atol=1e-3)
+
+
+def test_a_folder_of_anything_is_encoded_with_a_manifest_of_all_that_is_not(tmp_path):
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for name in ("a.jpg", "caf\udce9.jpg", "b.heic"):
+        (photos / name).write_bytes(image_file())
+    os.mkfifo(photos / "pipe.jpg")
+    (photos / "linked").symlink_to(tmp_path)
+    rows = [{"file_name": name, "text": "a caption"} for name in ("a.jpg", "\ud800", "../x")]
+    (photos / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    run(open_source(f"folder:{photos}"), tmp_path / "latents", limits=Limits(max_skipped=0.9))
+    manifest = Manifest.read_from(tmp_path / "latents")
+    assert [unpack(data).key for data in records(tmp_path / "latents")] == ["a.jpg"]
+    assert {reason: len(keys) for reason, keys in manifest.skipped.items()} == {
+        "file outside the folder": 1,
+        "name is not UTF-8": 2,
+        "not a regular file": 1,
+    }
+    assert manifest.left_out == {".heic": ["b.heic"], "linked folder": ["linked"]}
 
 
 def test_too_many_bad_items_are_an_error_that_names_the_reasons(tmp_path):
@@ -246,6 +267,39 @@ def test_another_job_in_the_same_directory_is_refused(tmp_path, source, options,
     run(Pictures(), tmp_path)
     with pytest.raises(ValueError, match=difference):
         run(source, tmp_path, **options)
+
+
+@pytest.mark.parametrize("name", ["settings.json", "manifest.json", "latents-00001.json"])
+@pytest.mark.parametrize("content", [b"5", b"null", b"\xff", b"["])
+def test_a_file_of_the_directory_that_holds_something_else_is_named(tmp_path, name, content):
+    run(Pictures(), tmp_path)
+    if name != "manifest.json":
+        (tmp_path / "manifest.json").unlink()
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=f"^{tmp_path}/{name} is damaged, "):
+        run(Pictures(), tmp_path)
+
+
+def test_statistics_of_another_program_are_named(tmp_path):
+    run(Pictures(), tmp_path)
+    (tmp_path / "manifest.json").unlink()
+    (tmp_path / "latents-00001.json").write_text('{"records": 7, "page": 3}')
+    with pytest.raises(ValueError, match=r"latents-00001\.json is damaged, .* page is unknown"):
+        run(Pictures(), tmp_path)
+
+
+def test_a_key_that_is_no_text_is_skipped_and_can_be_printed(tmp_path):
+    class Latin(Pictures):
+        def __getitem__(self, index):
+            if index == 4:
+                raise Skip("no caption", "caf\udce9")
+            item = super().__getitem__(index)
+            return item._replace(key=f"\udce9{index}") if index == 3 else item
+
+    manifest = run(Latin(), tmp_path, limits=Limits(max_skipped=0.1))
+    assert manifest.skipped == {"name is not UTF-8": [r"\udce93"], "no caption": [r"caf\udce9"]}
+    assert manifest.written == 21
+    assert [shard.first_key for shard in manifest.shards] == ["k0", "k10", "k20"]
 
 
 def test_another_autoencoder_in_the_same_directory_is_refused(tmp_path):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from ldm_jax.data import SOURCES, Item, Skip, open_source
-from ldm_jax.data.sources import digest, provenance
+from ldm_jax.data.sources import digest, provenance, tally
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +56,9 @@ def test_a_line_opens_what_it_says(spec, expected):
         ("made:/p?count=1.5", ["'1.5'", "int"]),
         ("made:/p?sorted=yes", ["'yes'", "sorted", "bool"]),
         ("made", ["made", "place"]),
+        ("/photos", ["'/photos'", "for files write folder:/photos"]),
+        ("my/photos?caption=alt", ["for files write folder:my/photos?caption=alt"]),
+        ("/data/{0..9}.tar", ["for files write tars:/data/{0..9}.tar"]),
         ("", ["''", "folder"]),
     ],
 )
@@ -65,6 +68,17 @@ def test_a_wrong_line_is_refused_in_a_sentence_that_names_what_exists(spec, part
     message = str(error.value)
     assert all(part in message for part in parts), message
     assert "\n" not in message
+
+
+def test_the_name_of_a_file_or_folder_that_is_there_is_told_its_source(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "a.tar").touch()
+    for name, source in {"photos": "folder:photos", "a.tar": "tars:a.tar"}.items():
+        with pytest.raises(ValueError, match=f"there are .*; for files write {source}$"):
+            open_source(name)
+    with pytest.raises(ValueError, match=r"there are folder, tfds, tars, scenes, made$"):
+        open_source("pictures")
 
 
 def test_the_scenes_are_a_source_like_any_other():
@@ -91,6 +105,11 @@ def test_provenance_has_the_options_and_the_number_of_items():
 def test_the_digest_tells_listings_apart():
     listings = [[], ["a"], ["b"], ["a", "b"], ["b", "a"], ["ab"], ["a\udcff"]]
     assert len({digest(listing) for listing in listings}) == len(listings)
+
+
+def test_a_tally_counts_the_keys_of_each_reason():
+    assert tally({"no caption": ["a", "b"], ".heic": ["c"]}) == "2 no caption, 1 .heic"
+    assert tally({}) == "none"
 
 
 def test_a_skip_keeps_reason_and_key():

@@ -167,6 +167,21 @@ def test_lines_to_sample_may_stand_twice(tmp_path):
     assert read_lines(path) == ("a dog", "a dog")
 
 
+def test_prompts_of_lines_hold_separators_that_are_no_line_ends(tmp_path):
+    text = "a cat\u2028on a mat\na\x85 dog\r\na\v\f\x1c\x1d\x1e bird\rthe end"
+    expected = ("a cat\u2028on a mat", "a\x85 dog", "a\v\f\x1c\x1d\x1e bird", "the end")
+    path = tmp_path / "prompts.txt"
+    path.write_bytes(text.encode())
+    assert read_lines(path) == expected
+    assert read(tmp_path, "file", text).texts == ("a cat on a mat", "a dog", "a bird", "the end")
+
+
+@pytest.mark.parametrize("name", PROMPT_SETS)
+def test_a_byte_order_mark_is_no_part_of_a_prompt_set(tmp_path, name):
+    marked = "\ufeff" + CONTENTS[name]
+    assert read(tmp_path, name, marked) == read(tmp_path, name, CONTENTS[name])
+
+
 @pytest.mark.parametrize("name", PROMPT_SETS)
 def test_composed_and_decomposed_letters_are_one_prompt(tmp_path, name):
     content = CONTENTS[name].replace("bond", "cafe\u0301").replace("kettle", "cafe\u0301")
@@ -252,6 +267,7 @@ def test_options_that_cannot_be_are_refused_with_what_is_allowed(tmp_path, optio
     [
         ("coco", TIFA, "its JSON is a list, not an object"),
         ("coco", "{", "it is not JSON: "),
+        ("coco", "[" * 100_000, "its JSON is nested too deeply"),
         ("coco", {"images": []}, "the file has no 'annotations' that is a list"),
         ("coco", {"images": [], "annotations": []}, "holds no prompt"),
         (
@@ -264,12 +280,14 @@ def test_options_that_cannot_be_are_refused_with_what_is_allowed(tmp_path, optio
         ("tifa", COCO, "its JSON is an object, not a list"),
         ("tifa", [*TIFA, {"id": 5, "caption": "x"}], "entry 5 has no 'id' that is a text"),
         ("parti", "a cat\na dog\n", "columns Prompt and Category; it has a cat"),
+        ("parti", "Prompt\tCategory\tPrompt\n", "two of its columns have one name: Prompt, Cat"),
         ("parti", "", "columns Prompt and Category; it has none"),
         ("parti", PARTI + "a dog\n", "line 6 has no 'Category' that is a text"),
         ("parti", PARTI + "a\tdog\tAnimals\tBasic\t\n", "line 6 has more columns than the 4"),
         ("parti", PARTI.splitlines()[0], "holds no prompt"),
         ("parti", b"Prompt\tCategory\n\xff\tArts\n", "is not UTF-8: "),
         ("file", "\n \n", "holds no prompt"),
+        ("file", b"a cat\n\xff\n", "is not UTF-8: .*0xff in position 6"),
     ],
 )
 def test_a_file_of_another_layout_is_named_with_what_it_lacks(tmp_path, name, content, message):

@@ -1,6 +1,7 @@
 """The ledger keeps what was written, whoever wrote beside and whoever was killed."""
 
 import dataclasses
+import json
 import math
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import pytest
 
 import ldm_jax
 from ldm_jax.files.ledger import append_record, commit, read_records
+from ldm_jax.files.lines import read_lines
 from ldm_jax.training.record import RunRecord
 from ldm_jax.types import Estimate
 
@@ -52,6 +54,13 @@ def test_commit_is_what_git_says_and_tells_of_changed_files():
 def test_infinite_loss_is_kept(ledger):
     append_record(ledger, dataclasses.replace(RECORD, losses={"train": math.inf}))
     assert read_records(RunRecord, ledger)[0].losses == {"train": math.inf}
+
+
+def test_a_text_with_separators_that_are_no_line_ends_is_one_line(ledger):
+    line = dataclasses.asdict(dataclasses.replace(RECORD, study="one\u2028two\x85three"))
+    ledger.write_text(json.dumps(line, ensure_ascii=False) + "\n", encoding="utf-8")
+    assert [row["study"] for row in read_lines(ledger)] == ["one\u2028two\x85three"]
+    assert [record.study for record in read_records(RunRecord, ledger)] == ["one\u2028two\x85three"]
 
 
 def test_repeated_run_counts_once_with_its_last_line(ledger):

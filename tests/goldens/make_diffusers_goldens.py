@@ -29,6 +29,11 @@ SDXL = {
     "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
     "transformer_layers_per_block": (1, 3),
 }
+TINY = {
+    "down_block_types": ("CrossAttnDownBlock2D",) * 2,
+    "mid_block_type": None,
+    "up_block_types": ("CrossAttnUpBlock2D",) * 2,
+}
 ADDED = {
     "addition_embed_type": "text_time",
     "addition_time_embed_dim": 4,
@@ -44,7 +49,7 @@ IF = {
 
 
 def make_models() -> dict[str, diffusers.ModelMixin]:
-    """The autoencoder, and the UNet as SD1.5, SD2.1 and SDXL have it, and with DeepFloyd IF's blocks."""
+    """The autoencoder; the UNet as SD1.5, SD2.1, SDXL and BK-SDM have it, and with DeepFloyd IF's blocks."""
     unet = diffusers.UNet2DConditionModel
     heads = {"use_linear_projection": True, "attention_head_dim": (2, 4)}
     return {
@@ -61,6 +66,7 @@ def make_models() -> dict[str, diffusers.ModelMixin]:
         "unet_sd2": unet(**UNET, **SD, **heads),
         "unet_sdxl": unet(**UNET, **SDXL, **heads, **ADDED),
         "unet_if": unet(**UNET, **IF),
+        "unet_tiny": unet(**UNET, **TINY, attention_head_dim=8),
     }
 
 

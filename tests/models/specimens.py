@@ -35,6 +35,9 @@ SMALL = {
     "unet without a middle": dataclasses.replace(
         UNET, transformer_depth=(1, 0), mid_depth=0, use_linear_projection=False
     ),
+    "unet without a middle block": dataclasses.replace(
+        UNET, transformer_depth=(1, 1), mid_depth=None, use_linear_projection=False
+    ),
     "unet of IF's blocks": dataclasses.replace(
         UNET, blocks=DEEPFLOYD, transformer_depth=(1, 1), mid_depth=1
     ),

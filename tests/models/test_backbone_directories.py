@@ -12,7 +12,15 @@ from ldm_jax.models import weights
 from ldm_jax.models.networks import described
 from ldm_jax.types import Cond
 
-OF_DIFFUSERS = ("unet_sd1", "unet_sd2", "unet_sdxl", "unet_if", "pixart", "pixart_sized")
+OF_DIFFUSERS = (
+    "unet_sd1",
+    "unet_sd2",
+    "unet_sdxl",
+    "unet_if",
+    "unet_tiny",
+    "pixart",
+    "pixart_sized",
+)
 
 
 @pytest.mark.parametrize("name", OF_DIFFUSERS)

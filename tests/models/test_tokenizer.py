@@ -106,6 +106,141 @@ def test_ids_are_those_of_transformers(directory, tmp_path, layout):
         assert_same(Tokenizer.from_directory(place), theirs, ODD)
 
 
+def with_file(path, name, content):
+    (path / name).write_text(json.dumps(content))
+    return path
+
+
+LEARNED = {"<cat-toy>": 600, "<Dog>": 601, "two words": 602}
+DECODER = {
+    598: as_stored(BOS, True),
+    599: as_stored(EOS, False),
+    600: as_stored("<cat-toy>", False),
+    601: {**as_stored("<Dog>", True), "single_word": True, "special": False},
+    602: {**as_stored("two words", True), "lstrip": True, "rstrip": True},
+}
+ADDED_LATER = {
+    "added_tokens.json": {"added_tokens.json": LEARNED},
+    "added and special": {
+        "added_tokens.json": LEARNED,
+        "special_tokens_map.json": {
+            **dict.fromkeys(("unk_token", "pad_token", "eos_token"), EOS),
+            "bos_token": as_stored(BOS, True),
+            "additional_special_tokens": ["<cat-toy>"],
+        },
+    },
+    "extra tokens": {
+        "tokenizer_config.json": {
+            "model_max_length": 16,
+            "additional_special_tokens": ["<cat-toy>", "<Dog>"],
+        },
+        "added_tokens.json": {"<cat-toy>": 600, "two words": 601},
+    },
+    "extra tokens alone": {
+        "special_tokens_map.json": {
+            "additional_special_tokens": ["<cat-toy>", "<Dog>", "two words"]
+        },
+    },
+    "added_tokens_decoder": {
+        "tokenizer_config.json": {"model_max_length": 16, "added_tokens_decoder": DECODER},
+        "added_tokens.json": {"not read": 600},
+    },
+}
+MENTIONING = [
+    "a photo of <cat-toy>",
+    "a photo of <CAT-TOY>, red",
+    "<dog><Dog> and a<Dog>b <Dog>",
+    "one  two words  red two Words twotwo words",
+    "not read <cat-toy",
+    *ODD,
+]
+
+
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize("layout", ADDED_LATER)
+def test_tokens_added_later_are_those_of_transformers(directory, tmp_path, layout, whole):
+    transformers = pytest.importorskip("transformers")
+    path = copied(directory, tmp_path)
+    if whole:
+        shutil.copy(directory / "tokenizer.json", path)
+    for name, content in ADDED_LATER[layout].items():
+        with_file(path, name, content)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs = transformers.CLIPTokenizerFast.from_pretrained(path)
+        theirs.save_pretrained(tmp_path / "again")
+    for place in (path, tmp_path / "again"):
+        ours = Tokenizer.from_directory(place)
+        assert ours.vocab_size == len(theirs) == 603
+        assert_same(ours, theirs, MENTIONING)
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_learned_token_is_one_id_between_those_of_its_neighbours(directory, tmp_path, whole):
+    path = copied(directory, tmp_path)
+    if whole:
+        shutil.copy(directory / "tokenizer.json", path)
+    plain = Tokenizer.from_directory(path)
+    ours = Tokenizer.from_directory(with_file(path, "added_tokens.json", LEARNED))
+    (before,), (after,) = plain(["a red circle"]), ours(["a red <cat-toy> circle"])
+    assert (plain.vocab_size, ours.vocab_size) == (600, 603)
+    np.testing.assert_array_equal(np.delete(after, np.flatnonzero(after == 600)), before[:-1])
+    assert 600 in after
+    assert ours.truncated(" ".join(["<cat-toy>"] * 15)) == "<cat-toy>"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "sentence"),
+    [
+        ("added_tokens.json", {"<cat-toy>": 700}, "'<cat-toy>' the id 700, and .* gives it 600"),
+        ("added_tokens.json", {"a": 600}, "'a' the id 600, and its vocabulary gives it 6"),
+        ("added_tokens.json", {"<a>": 600, "<b>": 600}, "json: two tokens have one id"),
+        ("added_tokens.json", {"<a>": "600"}, "added_tokens.json: <a> is '600'; it takes int"),
+        ("added_tokens.json", ["<a>"], "added_tokens.json holds list"),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"x": ADDED[0]}}, "of the id 'x'"),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"600": "<a>"}}, "the token '<a>'"),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"600": {}}}, "a token is {}"),
+        ("tokenizer_config.json", {"added_tokens_decoder": []}, "added_tokens_decoder is \\[\\]"),
+        ("tokenizer_config.json", {"bos_token": 5}, "json: bos_token is 5; it takes str or dict"),
+        (
+            "tokenizer_config.json",
+            {"eos_token": {"content": 5}},
+            "json: content is 5; it takes str",
+        ),
+        ("special_tokens_map.json", {"pad_token": ["!"]}, "map.json: pad_token is"),
+        ("special_tokens_map.json", None, "special_tokens_map.json holds null"),
+    ],
+)
+def test_tokens_of_another_kind_are_refused_by_file_and_field(
+    directory, tmp_path, name, content, sentence
+):
+    path = with_file(copied(directory, tmp_path), name, content)
+    with pytest.raises(ValueError, match=sentence):
+        Tokenizer.from_directory(path, max_length=8)
+
+
+@pytest.mark.parametrize("absent", [None, 10**30, 1e30, float("inf")])
+def test_a_tokenizer_without_a_length_has_that_of_the_text_encoder(directory, tmp_path, absent):
+    path = with_file(copied(directory, tmp_path), "tokenizer_config.json", {})
+    assert Tokenizer.from_directory(path, positions=11).max_length == 11
+    path = with_file(path, "tokenizer_config.json", {"model_max_length": absent})
+    assert Tokenizer.from_directory(path, positions=11).max_length == 11
+    with pytest.raises(ValueError, match="sets no model_max_length, and no max_length is given"):
+        Tokenizer.from_directory(path)
+
+
+def test_a_length_that_is_said_goes_before_that_of_the_text_encoder(directory):
+    assert Tokenizer.from_directory(directory, positions=11).max_length == 16
+    assert Tokenizer.from_directory(directory, 5, positions=11).max_length == 5
+
+
+@pytest.mark.parametrize("length", ["77", -1, 0, 0.5, 7.5, float("nan"), [77], True, {}])
+def test_senseless_lengths_are_refused_in_one_sentence(directory, tmp_path, length):
+    path = copied(directory, tmp_path, config={"model_max_length": length})
+    with pytest.raises(ValueError, match=r"tokenizer_config\.json: model_max_length is .*; it "):
+        Tokenizer.from_directory(path, positions=11)
+
+
 def t5_copied(tmp_path, *files):
     """Some files of T5's committed directory."""
     for file in files:

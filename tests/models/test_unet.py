@@ -40,6 +40,28 @@ SDXL = {
     "use_linear_projection": True,
     "sample_size": 128,
 }
+BK_SDM_TINY = {
+    "block_out_channels": [320, 640, 1280],
+    "down_block_types": ["CrossAttnDownBlock2D"] * 3,
+    "mid_block_type": None,
+    "up_block_types": ["CrossAttnUpBlock2D"] * 3,
+    "layers_per_block": 1,
+    "attention_head_dim": 8,
+    "cross_attention_dim": 768,
+    "sample_size": 64,
+}
+REFINER = {
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 2560,
+    "attention_head_dim": [6, 12, 24, 24],
+    "block_out_channels": [384, 768, 1536, 1536],
+    "down_block_types": ["DownBlock2D", *["CrossAttnDownBlock2D"] * 2, "DownBlock2D"],
+    "up_block_types": ["UpBlock2D", *["CrossAttnUpBlock2D"] * 2, "UpBlock2D"],
+    "transformer_layers_per_block": 4,
+    "cross_attention_dim": 1280,
+    "use_linear_projection": True,
+}
 
 
 @pytest.mark.parametrize(
@@ -47,6 +69,18 @@ SDXL = {
     [
         (SD1, UNetConfig(num_heads=8, text_width=768, use_linear_projection=False)),
         (SD2, UNetConfig(sample_size=96)),
+        (
+            BK_SDM_TINY,
+            UNetConfig(
+                channels=(320, 640, 1280),
+                num_res_blocks=1,
+                transformer_depth=(1, 1, 1),
+                mid_depth=None,
+                num_heads=8,
+                text_width=768,
+                use_linear_projection=False,
+            ),
+        ),
         (
             SDXL,
             UNetConfig(
@@ -75,6 +109,7 @@ def test_configs_of_what_was_released_are_understood(values, config):
         ({"up_block_types": ["UpBlock2D"] * 4}, "up_block_types"),
         ({"mid_block_type": "UNetMidBlock2DSimpleCrossAttn"}, "mid_block_type"),
         ({"layers_per_block": [1, 2, 2, 2]}, "layers_per_block"),
+        (REFINER, "SDXL's refiner is not supported: it is told of five numbers"),
         ({"attention_head_dim": [1, 2, 3, 4]}, "neither the number of heads nor their width"),
     ],
 )

@@ -301,6 +301,35 @@ def test_bfloat16_files_are_read(params, directory):
     assert_same(weights.load(directory, params, NAMES), expected)
 
 
+@pytest.mark.parametrize(
+    ("name", "dtype"), [("I8", "int8"), ("F8_E4M3", ml_dtypes.float8_e4m3fn), ("C64", "complex64")]
+)
+def test_quantised_files_are_refused_by_tensor(params, directory, name, dtype):
+    def change(tensors):
+        tensors["conv.bias"] = np.zeros(5, dtype)
+
+    rewrite(directory, change)
+    with pytest.raises(ValueError, match=rf"{FILE}: conv\.bias is stored as {name}; only F64, F32"):
+        weights.load(directory, params, NAMES)
+
+
+@pytest.mark.parametrize("length", [0, 2, 2**31, 2**62])
+def test_a_header_of_another_length_is_refused(params, directory, length):
+    whole = (directory / FILE).read_bytes()
+    (directory / FILE).write_bytes(length.to_bytes(8, "little") + whole[8:])
+    with pytest.raises(ValueError, match=f"{FILE} is not a readable safetensors file"):
+        weights.load(directory, params, NAMES)
+
+
+def test_transformers_configs_say_the_dtype_of_what_is_written(params, tmp_path):
+    config = {"model_type": "clip", "dtype": "float32", "torch_dtype": "bfloat16"}
+    weights.save(tmp_path, params, NAMES, config, dtype="float16")
+    written = weights.read_config(tmp_path)
+    assert written == {"model_type": "clip", "dtype": "float16", "torch_dtype": "float16"}
+    weights.save(tmp_path, params, NAMES, {**CONFIG, "dtype": "float32"}, dtype="float16")
+    assert weights.read_config(tmp_path)["dtype"] == "float32"  # that of the computation
+
+
 def test_keys_of_old_files_are_understood_and_constants_skipped(params, directory):
     def change(tensors):
         tensors["old.weight"] = tensors.pop("linear.weight")

@@ -3,12 +3,14 @@
 import dataclasses
 import json
 import math
+import re
 
 import pytest
 from ml_collections import config_dict
 
 from ldm_jax.settings.fields import choice, one_of
 from ldm_jax.settings.schema import (
+    check_name,
     config_difference,
     conform,
     from_config_dict,
@@ -123,6 +125,20 @@ def test_config_dict_of_a_field_file_can_be_copied_and_updated():
     config = config_dict.ConfigDict(to_config_dict(Run()))
     config.update_from_flattened_dict({"sampler.name": "multistep", "network.channels": (5,)})
     assert from_config_dict(config, Run).network.channels == (5,)
+
+
+@pytest.mark.parametrize(
+    ("given", "names", "nearest"),
+    [
+        ("dpm++", ("ddim", "ddpm", "dpmpp", "euler"), "dpmpp"),
+        ("ddp", ("ddim", "ddpm", "dpmpp", "euler"), "ddpm"),
+        ("eular", ("ddim", "euler_ancestral", "euler"), "euler"),
+        ("uniet", ("pixart", "unet", "uvit"), "unet"),
+    ],
+)
+def test_the_nearest_name_starts_as_the_one_that_was_given(given, names, nearest):
+    with pytest.raises(ValueError, match=rf"'{re.escape(given)}' \(did you mean '{nearest}'\?\)"):
+        check_name(given, names, "sampler.name")
 
 
 REFUSED = {

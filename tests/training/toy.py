@@ -55,7 +55,7 @@ def batch(start, size=8):
     latents = np.stack([np.random.default_rng(i).normal(size=(1, 1, WIDTH)) for i in index])
     return Batch(
         latents=latents.astype(np.float32),
-        text=np.zeros((size, 1), np.int32),
+        cond=np.zeros((size, 1), np.int32),
         weight=np.ones(size, np.float32),
         index=index,
     )
