@@ -11,17 +11,19 @@ network. `--config.eval.reference=folder:/photos` makes such a file within the r
 import argparse
 
 from ldm_jax.parallel import distributed
-from ldm_jax.runs.config import RunConfig
+from ldm_jax.runs.config import RunConfig, absolute_location
 from ldm_jax.runs.run import Run
 from ldm_jax.runs.scoring import write_reference
-from ldm_jax.settings.command_line import UsageError, any_path, run_command
+from ldm_jax.settings.command_line import UsageError, any_path, in_words, run_command
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """The flags of this command."""
     distributed.add_flags(parser)
     text = "the images, as data.source: folder:PATH, tars:GLOB, tfds:NAME or scenes:PRESET"
-    parser.add_argument("--images", required=True, metavar="SOURCE", help=text)
+    parser.add_argument(
+        "--images", required=True, type=in_words(absolute_location), metavar="SOURCE", help=text
+    )
     text = "the file, FILE.npz, on a disk or gs://BUCKET/..."
     parser.add_argument("--output", required=True, type=any_path, metavar="FILE", help=text)
 

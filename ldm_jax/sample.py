@@ -14,7 +14,8 @@ from ldm_jax.evals.prompts import read_lines
 from ldm_jax.runs.config import RunConfig
 from ldm_jax.runs.run import Run
 from ldm_jax.runs.sample import sample
-from ldm_jax.settings.command_line import any_path, run_command
+from ldm_jax.settings.command_line import any_path, in_words, run_command
+from ldm_jax.settings.paths import home_path
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -22,7 +23,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     text = "a prompt; may be given several times"
     parser.add_argument("--prompt", action="append", default=[], metavar="TEXT", help=text)
     text = "a text file with a prompt a line"
-    parser.add_argument("--prompts", type=Path, metavar="FILE", help=text)
+    parser.add_argument(
+        "--prompts", type=in_words(lambda text: Path(home_path(text))), metavar="FILE", help=text
+    )
     text = "images of each prompt (default 1)"
     parser.add_argument("--seeds", type=int, default=1, metavar="N", help=text)
     text = "directory of the images (default WORKDIR/images)"

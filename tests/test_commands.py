@@ -211,6 +211,13 @@ def test_another_config_in_the_same_directory_is_refused_with_the_difference(run
         tiny.run(train, run, "--config.train.batch=16")
 
 
+def test_a_shorter_run_than_was_trained_is_refused_and_leaves_all_as_it_was(run):
+    before = [(run / name).read_bytes() for name in ("config.json", "record.jsonl")]
+    with pytest.raises(ValueError, match=r"train.examples is 32, and the run in .* has trained 64"):
+        tiny.run(train, run, "--config.train.examples=32")
+    assert [(run / name).read_bytes() for name in ("config.json", "record.jsonl")] == before
+
+
 def test_a_longer_run_continues_the_shorter_one(run, tmp_path):
     longer = tmp_path / "longer"
     shutil.copytree(run, longer)

@@ -13,11 +13,14 @@ from PIL import Image
 from ldm_jax import evaluate, reference
 from ldm_jax.data import open_source
 from ldm_jax.data.scenes import render
+from ldm_jax.diffusion import Cosine
 from ldm_jax.evals.cells import Cell
 from ldm_jax.evals.prompts import read_prompts
 from ldm_jax.evals.references import Reference
 from ldm_jax.parallel import MeshConfig
+from ldm_jax.runs import evaluate as evaluation
 from ldm_jax.runs.config import NetworkDirectories
+from ldm_jax.runs.pretrained import Network, Pretrained
 from ldm_jax.runs.run import Run
 from ldm_jax.runs.scoring import make_reference, make_scoring
 from ldm_jax.settings.command_line import UsageError, parse
@@ -191,7 +194,7 @@ def test_bad_input_is_refused_in_a_sentence_and_leaves_nothing(folder, config, t
         (refused(config, metrics=("fid",)), [images], "needs the network inception"),
         (refused(config, metrics=("kid_clip",), reference=None), [images], "eval.reference"),
         (refused(config, reference="absent.npz"), [images], "absent.npz"),
-        (refused(config, networks=absent), [images], "eval.networks.inception is 'absent'"),
+        (refused(config, networks=absent), [images], "eval.networks.inception is '.*absent'"),
         (config, [images, "--truth=scenes:simple?count=4"], "--truth has 4 images"),
     ]
     for given, words, said in cases:
@@ -252,7 +255,7 @@ def test_a_network_of_another_kind_is_refused(folder, config, tmp_path):
         (["--images=folder:x", "--steps=3"], "--steps cannot be combined with --images"),
         (["--truth=folder:x"], "--truth is given without --images"),
         (["--steps=3,x"], "'3,x' is no list of whole numbers"),
-        (["--seeds=0,-1"], "a seed is from 0 to 2147483647, and not -1"),
+        (["--seeds=0,-1"], "a seed is -1; it is from 0 to 4294967295"),
         (["--images=folder:x", "--keep"], "--keep cannot be combined with --images"),
         (["--samplers=ddim,best"], "there is no sampler 'best'"),
     ],
@@ -276,3 +279,30 @@ def test_a_reference_of_the_same_images_made_within_the_run_is_the_same(config, 
     np.testing.assert_array_equal(
         again.features["clip"]["image"], Reference.read(kept).features["clip"]["image"]
     )
+
+
+def test_a_model_is_another_one_where_a_setting_decides_its_images_and_not_where_it_is_only_computed_otherwise():
+    def identity(**changes):
+        run = Run(dataclasses.replace(tiny.TINY, **changes))
+        network = Network(None, max, {"kernel": np.ones(3)})
+        run.frozen = Pretrained(network, None, ({"kernel": np.ones(2)},), {}, 0)
+        return evaluation.identity_of(run, {"kernel": np.ones(4)})["identity"]
+
+    backbone, train = tiny.TINY.backbone, tiny.TINY.train
+    same = [
+        {"backbone": dataclasses.replace(backbone, remat="full")},
+        {"backbone": dataclasses.replace(backbone, dtype="bfloat16")},
+        {"train": dataclasses.replace(train, explosion=30.0, keep=9, accumulate=2)},
+        {"pretrained": "/elsewhere"},
+        {"mesh": MeshConfig(fsdp=2)},
+    ]
+    others = [
+        {"backbone": dataclasses.replace(backbone, num_groups=2)},
+        {"train": dataclasses.replace(train, precision="bfloat16")},
+        {"prediction": "eps"},
+        {"schedule": Cosine()},
+        {"text_precision": "bfloat16"},
+        {"data": dataclasses.replace(tiny.TINY.data, size=128)},
+    ]
+    assert {identity(**changes) for changes in same} == {identity()}
+    assert len({identity(), *(identity(**changes) for changes in others)}) == 1 + len(others)

@@ -8,6 +8,7 @@ import numpy as np
 
 from ldm_jax.data.sources import Skip
 from ldm_jax.data.text import is_unicode
+from ldm_jax.settings.fields import check_fields, setting
 
 _STREAM = 0x63617074  # keeps these draws apart from others made from the same two numbers
 
@@ -58,15 +59,11 @@ class CaptionPolicy:
       alternatives: share of the others that use an alternative caption, where they have one.
     """
 
-    dropout: float = 0.1
-    alternatives: float = 0.5
+    dropout: float = setting(0.1, within="[0, 1]")
+    alternatives: float = setting(0.5, within="[0, 1]")
 
     def __post_init__(self) -> None:
-        for name in ("dropout", "alternatives"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(
-                    f"captions: {name} {getattr(self, name)} is no probability in [0, 1]"
-                )
+        check_fields(self)
 
     def choose(self, count: int, seed: int, position: int) -> int | None:
         """Which of `count` captions the example at `position` of the data order gets; None is the empty one."""

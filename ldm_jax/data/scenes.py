@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Float, UInt8
 
 from ldm_jax.data.sources import Item
+from ldm_jax.settings.ranges import check_seed
 
 SIDE = 64  # pixels
 RENDERER = 1  # goes up with every change of what a scene looks like or is called
@@ -293,6 +294,7 @@ class Scenes:
                 raise ValueError(
                     f"scenes: {name} {getattr(self, name)!r} is not one of {', '.join(allowed)}"
                 )
+        check_seed(self.seed, "scenes: seed")
         if self.count < 1:
             raise ValueError(f"scenes: count is {self.count}; it is at least 1")
 

@@ -28,6 +28,8 @@ SOURCES: dict[str, str] = {
     "scenes": "ldm_jax.data.scenes:Scenes",
 }
 
+ON_DISK = ("folder", "tars")  # those whose argument is a path
+
 
 class Item(NamedTuple):
     """One captioned image.

@@ -5,7 +5,7 @@ its size or the devices it lies on.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import jax
@@ -41,9 +41,17 @@ class Weyl:
     Any run of consecutive examples fills the interval evenly, so that a batch sees all noise levels
     and its loss varies less, as with the stratified times of Kingma et al. (2021, appendix I.1),
     but whatever the batch size and the number of devices. Integer arithmetic mod 2^32 is exact.
+
+    Raises:
+      ValueError: `seed` does not fit into 32 bits.
     """
 
-    seed: int = 0  # of the offset
+    # of the offset
+    seed: int = field(default=0, metadata={"range": "[0, 4294967295]"})
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"Weyl needs a seed from 0 to 4294967295, got {self.seed}")
 
     def __call__(self, keys: Keys, index: UInt32[Arr, " B"]) -> Float[Array, " B"]:
         offset = np.random.SeedSequence(self.seed).generate_state(1)[0]

@@ -4,7 +4,8 @@ A grid for S steps has S + 1 points. At the last one the walk is over: what a ne
 there is never used.
 """
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -42,12 +43,16 @@ class Leading:
     `set_alpha_to_one=False`), or at the clean image.
     """
 
-    offset: int = 1  # the lowest index
+    # the lowest index
+    offset: int = field(default=1, metadata={"range": "[0, inf)"})
     ends_clean: bool = False  # end at the clean image, not at index 0
-    skipped: int = 0  # lowest indices left out: 1 as in diffusers' DPMSolverMultistep
+    # lowest indices left out: 1 as in diffusers' DPMSolverMultistep
+    skipped: int = field(default=0, metadata={"range": "[0, inf)"})
 
     def __post_init__(self) -> None:
         _check_skipped(self)
+        if self.offset < 0:
+            raise ValueError(f"Leading needs offset >= 0, got {self.offset}")
 
     def __call__(self, schedule: Schedule, steps: int) -> Point:
         total = _indices(schedule, self, steps)
@@ -86,7 +91,8 @@ class Linspace:
     do, or the points lie `between` two indices, as in diffusers' Euler and Heun schedulers.
     """
 
-    skipped: int = 0  # lowest indices left out: 1 as in diffusers' DPMSolverMultistep
+    # lowest indices left out: 1 as in diffusers' DPMSolverMultistep
+    skipped: int = field(default=0, metadata={"range": "[0, inf)"})
     between: bool = (
         False  # points between indices, whose ratios of noise to signal are interpolated
     )
@@ -115,7 +121,8 @@ class Distilled:
       ValueError: `original` is less than 1.
     """
 
-    original: int = 50  # indices of the distillation
+    # indices of the distillation
+    original: int = field(default=50, metadata={"range": "[1, inf)"})
 
     def __post_init__(self) -> None:
         if self.original < 1:
@@ -140,7 +147,8 @@ class Even:
       ValueError: `last` lies outside (0, 1).
     """
 
-    last: float | None = None  # the time at which the last step starts; none: 1 / S
+    # the time at which the last step starts; none: 1 / S
+    last: float | None = field(default=None, metadata={"range": "(0, 1)"})
 
     def __post_init__(self) -> None:
         if self.last is not None and not 0 < self.last < 1:
@@ -168,16 +176,17 @@ class Karras:
       ValueError: not rho > 0, or not 0 < lowest < highest.
     """
 
-    rho: float = 7.0  # the larger, the more steps near the image
-    lowest: float = (
-        0.002  # ratio of noise to signal before the last step, if the schedule goes lower
-    )
-    highest: float = 80.0  # ratio of noise to signal at the start, if the schedule goes higher
+    # the larger, the more steps near the image
+    rho: float = field(default=7.0, metadata={"range": "(0, inf)"})
+    # ratio of noise to signal before the last step, if the schedule goes lower
+    lowest: float = field(default=0.002, metadata={"range": "(0, inf)"})
+    # ratio of noise to signal at the start, if the schedule goes higher
+    highest: float = field(default=80.0, metadata={"range": "(0, inf)"})
     whole: bool = False  # tell the network the nearest index, as diffusers' DPMSolverMultistep does
 
     def __post_init__(self) -> None:
-        if not self.rho > 0:
-            raise ValueError(f"Karras needs rho > 0, got {self.rho}")
+        if not 0 < self.rho < math.inf:
+            raise ValueError(f"Karras needs a finite rho > 0, got {self.rho}")
         _check_ratios(self)
 
     def __call__(self, schedule: Schedule, steps: int) -> Point:
@@ -198,10 +207,10 @@ class LogSNR:
       ValueError: not 0 < lowest < highest.
     """
 
-    lowest: float = (
-        0.002  # ratio of noise to signal before the last step, if the schedule goes lower
-    )
-    highest: float = 80.0  # ratio of noise to signal at the start, if the schedule goes higher
+    # ratio of noise to signal before the last step, if the schedule goes lower
+    lowest: float = field(default=0.002, metadata={"range": "(0, inf)"})
+    # ratio of noise to signal at the start, if the schedule goes higher
+    highest: float = field(default=80.0, metadata={"range": "(0, inf)"})
     whole: bool = False  # tell the network the nearest index, as diffusers' DPMSolverMultistep does
 
     def __post_init__(self) -> None:
@@ -240,9 +249,9 @@ def _check_skipped(spacing: Leading | Linspace) -> None:
 
 
 def _check_ratios(spacing: Karras | LogSNR) -> None:
-    if not 0 < spacing.lowest < spacing.highest:
+    if not 0 < spacing.lowest < spacing.highest < math.inf:
         raise ValueError(
-            f"{type(spacing).__name__} needs 0 < lowest < highest, ratios of noise to signal, got "
+            f"{type(spacing).__name__} needs 0 < lowest < highest < inf, ratios of noise to signal, got "
             f"{spacing.lowest} and {spacing.highest}"
         )
 

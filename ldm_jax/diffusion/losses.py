@@ -1,7 +1,8 @@
 """The denoising loss, one number an example, for training and for evaluation."""
 
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -46,11 +47,12 @@ class MinSNR:
       ValueError: `gamma` is not positive.
     """
 
-    gamma: float = 5.0  # signal-to-noise ratio above which the weight stops to grow
+    # signal-to-noise ratio above which the weight stops to grow
+    gamma: float = field(default=5.0, metadata={"range": "(0, inf)"})
 
     def __post_init__(self) -> None:
-        if not self.gamma > 0:
-            raise ValueError(f"MinSNR needs gamma > 0, got {self.gamma}")
+        if not 0 < self.gamma < math.inf:
+            raise ValueError(f"MinSNR needs a finite gamma > 0, got {self.gamma}")
 
     def __call__(self, prediction: Prediction, point: Point) -> PerExample:
         clipped = jnp.minimum(point.alpha**2, self.gamma * point.sigma**2)

@@ -5,7 +5,8 @@ grid, computed in the precision in which that is given: f64 on the host, unless 
 None divides by alpha of the point it leaves, so a walk may start at pure noise.
 """
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import numpy as np
@@ -24,7 +25,8 @@ class DDIM(Memoryless):
       ValueError: `eta` lies outside [0, 1].
     """
 
-    eta: float = 0.0  # share of the ancestral noise, 0 to 1
+    # share of the ancestral noise, 0 to 1
+    eta: float = field(default=0.0, metadata={"range": "[0, 1]"})
 
     def __post_init__(self) -> None:
         if not 0 <= self.eta <= 1:
@@ -89,7 +91,8 @@ class EulerAncestral(DDIM):
       ValueError: `eta` lies outside [0, 1].
     """
 
-    eta: float = 1.0  # share of the ancestral noise, 0 to 1
+    # share of the ancestral noise, 0 to 1
+    eta: float = field(default=1.0, metadata={"range": "[0, 1]"})
 
 
 @dataclass(frozen=True)
@@ -106,12 +109,13 @@ class LCM(Memoryless):
       ValueError: `scaling` is not positive.
     """
 
-    scaling: float = 10.0  # of the time in the boundary condition
+    # of the time in the boundary condition
+    scaling: float = field(default=10.0, metadata={"range": "(0, inf)"})
     order: ClassVar[int] = 0
 
     def __post_init__(self) -> None:
-        if not self.scaling > 0:
-            raise ValueError(f"LCM needs scaling > 0, got {self.scaling}")
+        if not 0 < self.scaling < math.inf:
+            raise ValueError(f"LCM needs a finite scaling > 0, got {self.scaling}")
 
     def step(
         self, denoise: Denoise, x: Latent, carry: None, grid: Point, i: Step, keys: Keys

@@ -6,7 +6,7 @@ where grids are made).
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, Protocol, runtime_checkable
 
 import numpy as np
@@ -86,9 +86,12 @@ class ScaledLinear:
       ValueError: not 0 < beta_start <= beta_end <= 1, or no steps.
     """
 
-    steps: int = 1000  # discrete noise levels
-    beta_start: float = 0.00085  # variance added by the first step
-    beta_end: float = 0.012  # variance added by the last step
+    # discrete noise levels
+    steps: int = field(default=1000, metadata={"range": "[1, inf)"})
+    # variance added by the first step
+    beta_start: float = field(default=0.00085, metadata={"range": "(0, 1]"})
+    # variance added by the last step
+    beta_end: float = field(default=0.012, metadata={"range": "(0, 1]"})
     zero_terminal_snr: bool = False  # rescale, so that the last level is pure noise
 
     def __post_init__(self) -> None:
@@ -109,10 +112,18 @@ class Cosine:
 
     alpha = cos(theta_t) / cos(theta_0) with theta_t = (t + s) / (1 + s) pi / 2; the network is told
     1000 t. Both fields are written without cancellation, so that f32 is enough near either end.
+
+    Raises:
+      ValueError: `s` is negative or not finite.
     """
 
-    s: float = 0.008  # offset that keeps the first noise from vanishing
+    # offset that keeps the first noise from vanishing
+    s: float = field(default=0.008, metadata={"range": "[0, inf)"})
     steps: ClassVar[None] = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.s < math.inf:
+            raise ValueError(f"Cosine needs a finite s >= 0, got {self.s}")
 
     def __call__(self, t: Float[Arr, "*points"]) -> Point:
         xp = t.__array_namespace__()
@@ -136,12 +147,13 @@ class RectifiedFlow:
       ValueError: `shift` is not positive.
     """
 
-    shift: float = 1.0  # moves time towards noise, as larger images need it
+    # moves time towards noise, as larger images need it
+    shift: float = field(default=1.0, metadata={"range": "(0, inf)"})
     steps: ClassVar[None] = None
 
     def __post_init__(self) -> None:
-        if not self.shift > 0:
-            raise ValueError(f"RectifiedFlow needs shift > 0, got {self.shift}")
+        if not 0 < self.shift < math.inf:
+            raise ValueError(f"RectifiedFlow needs a finite shift > 0, got {self.shift}")
 
     def __call__(self, t: Float[Arr, "*points"]) -> Point:
         stretch = 1 + (self.shift - 1) * t

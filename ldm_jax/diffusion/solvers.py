@@ -1,6 +1,6 @@
 """Samplers of second order: solvers of the probability flow dx = x_0 d alpha + eps d sigma."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import jax
@@ -32,8 +32,10 @@ class DPMpp(Memoryless):
       ValueError: `order` is neither 1 nor 2, or `solver` is unknown.
     """
 
-    order: int = 2  # 1 or 2
-    solver: str = "midpoint"  # how the slope of x_0 enters at order 2: midpoint or heun
+    # 1 or 2
+    order: int = field(default=2, metadata={"range": "[1, 2]"})
+    # how the slope of x_0 enters at order 2: midpoint or heun
+    solver: str = field(default="midpoint", metadata={"names": SOLVERS})
     lower_order_final: bool = True  # the last of fewer than 15 steps is of order 1
 
     def __post_init__(self) -> None:
@@ -82,7 +84,8 @@ class Heun(Memoryless):
       ValueError: `variable` is unknown.
     """
 
-    variable: str = "path"  # what the step is straight in: path or ratio (of noise to signal)
+    # what the step is straight in: path or ratio (of noise to signal)
+    variable: str = field(default="path", metadata={"names": VARIABLES})
     order: ClassVar[int] = 2
     stages: ClassVar[int] = 2
 

@@ -1,7 +1,8 @@
 """Distributions of the training time t, each a map from a uniform number to t (its quantiles)."""
 
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import jax
 from jaxtyping import Array, Float
@@ -24,15 +25,19 @@ class LogitNormal:
     """A normal logit: the middle of the path is trained most (Esser et al. 2024, eq. 19).
 
     Raises:
-      ValueError: `std` is not positive.
+      ValueError: `std` is not positive, or a number is not finite.
     """
 
-    mean: float = 0.0  # of the logit of t
-    std: float = 1.0  # of the logit of t
+    # of the logit of t
+    mean: float = field(default=0.0, metadata={"range": "(-inf, inf)"})
+    # of the logit of t
+    std: float = field(default=1.0, metadata={"range": "(0, inf)"})
 
     def __post_init__(self) -> None:
-        if not self.std > 0:
-            raise ValueError(f"LogitNormal needs std > 0, got {self.std}")
+        if not 0 < self.std < math.inf:
+            raise ValueError(f"LogitNormal needs a finite std > 0, got {self.std}")
+        if not math.isfinite(self.mean):
+            raise ValueError(f"LogitNormal needs a finite mean, got {self.mean}")
 
     def __call__(self, u: PerExample) -> Float[Array, " B"]:
         return jax.nn.sigmoid(self.mean + self.std * jax.scipy.special.ndtri(u))

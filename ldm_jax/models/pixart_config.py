@@ -5,7 +5,9 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from ldm_jax.models import names
+from ldm_jax.models.computation import PRECISIONS, REMAT
 from ldm_jax.models.json_files import typed
+from ldm_jax.settings.fields import NOTHING, check_fields, one_of, setting
 
 EPSILON = 1e-6
 SINUSOIDS = 256  # of the time, and of each number that tells the size
@@ -46,22 +48,30 @@ class PixArtConfig:
     Raises ValueError for sizes that do not fit each other.
     """
 
-    in_channels: int = 4  # channels of the noisy latent, and of the prediction that is returned
-    out_channels: int = 8  # channels of the last projection; those after in_channels are not used
-    width: int = 1152  # width of the tokens
-    depth: int = 28  # transformer blocks
-    num_heads: int = 16  # attention heads of each block
-    patch_size: int = 2  # rows and columns of the latent that make one token
-    text_width: int = 4096  # width of the text encoder's tokens
+    # channels of the noisy latent, and of the prediction that is returned
+    in_channels: int = setting(4, within="[1, inf)")
+    # channels of the last projection; those after in_channels are not used
+    out_channels: int = setting(8, within="[1, inf)")
+    width: int = setting(1152, within="[1, inf)")  # width of the tokens
+    depth: int = setting(28, within="[1, inf)")  # transformer blocks
+    num_heads: int = setting(16, within="[1, inf)")  # attention heads of each block
+    # rows and columns of the latent that make one token
+    patch_size: int = setting(2, within="[1, inf)")
+    text_width: int = setting(4096, within="[1, inf)")  # width of the text encoder's tokens
     caption_mlp: bool = True  # two layers from the text to the width; else text_width is the width
-    sample_size: int = 64  # side of the latents; positions in others are spread over the same range
-    interpolation_scale: float = 0.0  # divides positions; 0: sample_size // 64, at least 1
+    # side of the latents; positions in others are spread over the same range
+    sample_size: int = setting(64, within="[1, inf)")
+    # divides positions; 0: sample_size // 64, at least 1
+    interpolation_scale: float = setting(0.0, within="[0, inf)")
     size_conditioning: bool = False  # the network is told height and width, as at 1024 pixels
-    dtype: str = "float32"  # of the computation; train.precision sets it
-    remat: str = "none"  # what is recomputed in the backward pass: none, full, dots
+    # of the computation; train.precision sets it
+    dtype: str = one_of(PRECISIONS, "float32", decides=NOTHING)
+    # what is recomputed in the backward pass
+    remat: str = one_of(REMAT, "none", decides=NOTHING)
     pooled_width: ClassVar[int] = 0  # the pooled text does not condition it
 
     def __post_init__(self) -> None:
+        check_fields(self)
         parts = {"heads": self.num_heads, "sines and cosines of rows and columns": 4}
         if self.size_conditioning:
             parts["embeddings of height, width and aspect ratio"] = 3

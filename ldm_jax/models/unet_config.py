@@ -5,7 +5,9 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from ldm_jax.models import names
+from ldm_jax.models.computation import PRECISIONS, REMAT
 from ldm_jax.models.json_files import typed
+from ldm_jax.settings.fields import NOTHING, check_fields, one_of, setting
 
 EPSILON = 1e-5
 
@@ -121,36 +123,38 @@ class UNetConfig:
     computation, `remat` a row of `nn.stack.REMAT` that holds for every residual and every transformer block alone.
     """
 
-    in_channels: int = 4  # channels of the noisy latent, and of what is concatenated to it
-    out_channels: int = 4  # channels of the prediction
-    blocks: str = STABLE_DIFFUSION  # stable_diffusion or deepfloyd
-    channels: tuple[int, ...] = (320, 640, 1280, 1280)  # width of each level
-    num_res_blocks: int = 2  # residual blocks a level; one more on the way up
-    transformer_depth: tuple[int, ...] = (
-        1,
-        1,
-        1,
-        0,
-    )  # transformer blocks after each residual block of a level; 0: no attention
-    mid_depth: int | None = 1  # transformer blocks in the middle; none: there is no middle block
-    head_width: int = 64  # width of an attention head
-    num_heads: int = 0  # heads at every level, in place of head_width; 0: as many as fit
-    text_width: int = 1024  # width of the text encoder's tokens
-    pooled_width: int = (
-        0  # width of the pooled text that conditions with six sizes (SDXL); 0: neither does
-    )
-    size_width: int = 256  # sinusoids that tell each of the six sizes
-    num_groups: int = 32  # of the group norms
+    # channels of the noisy latent, and of what is concatenated to it
+    in_channels: int = setting(4, within="[1, inf)")
+    out_channels: int = setting(4, within="[1, inf)")  # channels of the prediction
+    blocks: str = one_of(BLOCKS, STABLE_DIFFUSION)  # whose they are
+    # width of each level
+    channels: tuple[int, ...] = setting((320, 640, 1280, 1280), within="[1, inf)", count="[1, inf)")
+    # residual blocks a level; one more on the way up
+    num_res_blocks: int = setting(2, within="[1, inf)")
+    # transformer blocks after each residual block of a level; 0: no attention
+    transformer_depth: tuple[int, ...] = setting((1, 1, 1, 0), within="[0, inf)", count="[1, inf)")
+    # transformer blocks in the middle; none: there is no middle block
+    mid_depth: int | None = setting(1, within="[0, inf)")
+    head_width: int = setting(64, within="[1, inf)")  # width of an attention head
+    # heads at every level, in place of head_width; 0: as many as fit
+    num_heads: int = setting(0, within="[0, inf)")
+    text_width: int = setting(1024, within="[1, inf)")  # width of the text encoder's tokens
+    # width of the pooled text that conditions with six sizes (SDXL); 0: neither does
+    pooled_width: int = setting(0, within="[0, inf)")
+    size_width: int = setting(256, within="[2, inf)")  # sinusoids that tell each of the six sizes
+    num_groups: int = setting(32, within="[1, inf)")  # of the group norms
     use_linear_projection: bool = (
         True  # how checkpoints hold the projections around a transformer; else as 1x1 convolutions
     )
-    sample_size: int = 64  # side of the latents, which diffusers renders by default
-    dtype: str = "float32"  # of the computation; train.precision sets it
-    remat: str = "none"  # what is recomputed in the backward pass: none, full, dots
+    # side of the latents, which diffusers renders by default
+    sample_size: int = setting(64, within="[1, inf)")
+    # of the computation; train.precision sets it
+    dtype: str = one_of(PRECISIONS, "float32", decides=NOTHING)
+    # what is recomputed in the backward pass
+    remat: str = one_of(REMAT, "none", decides=NOTHING)
 
     def __post_init__(self) -> None:
-        if self.blocks not in BLOCKS:
-            raise ValueError(f"blocks is {self.blocks!r}; it can be {', '.join(BLOCKS)}")
+        check_fields(self)
         if self.blocks == DEEPFLOYD and max(depth for _, depth in self.depths()) > 1:
             raise ValueError(
                 f"transformer_depth is {self.transformer_depth}, mid_depth {self.mid_depth}; blocks of {DEEPFLOYD} "

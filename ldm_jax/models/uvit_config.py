@@ -4,8 +4,10 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+from ldm_jax.models.computation import PRECISIONS, REMAT
 from ldm_jax.models.json_files import check_known, fields_of, typed
 from ldm_jax.models.names import Names, check_fixed
+from ldm_jax.settings.fields import NOTHING, check_fields, one_of, setting
 
 EPSILON = 1e-5
 CLASS = {"_class_name": "UViT"}
@@ -22,22 +24,30 @@ class UViTConfig:
     Raises ValueError for sizes that do not fit each other.
     """
 
-    in_channels: int = 4  # channels of the noisy latent, and of what is concatenated to it
-    out_channels: int = 4  # channels of the prediction
-    width: int = 2048  # width of a token
-    depth: int = 42  # transformer blocks, even; one more stands in the middle
-    num_heads: int = 16  # attention heads
-    mlp_ratio: int = 4  # width of the feed-forward layers, as a multiple of a token's
-    patch_size: int = 2  # rows and columns of the latent that make one token
-    text_width: int = 1024  # width of the text encoder's tokens
-    text_length: int = 77  # text tokens that there are positions for
-    sample_size: int = 32  # side of the latents that the positions are learned for
-    dtype: str = "float32"  # of the computation; train.precision sets it
-    remat: str = "none"  # what is recomputed in the backward pass: none, full, dots
+    # channels of the noisy latent, and of what is concatenated to it
+    in_channels: int = setting(4, within="[1, inf)")
+    out_channels: int = setting(4, within="[1, inf)")  # channels of the prediction
+    width: int = setting(2048, within="[1, inf)")  # width of a token
+    # transformer blocks, even; one more stands in the middle
+    depth: int = setting(42, within="[2, inf)")
+    num_heads: int = setting(16, within="[1, inf)")  # attention heads
+    # width of the feed-forward layers, as a multiple of a token's
+    mlp_ratio: int = setting(4, within="[1, inf)")
+    # rows and columns of the latent that make one token
+    patch_size: int = setting(2, within="[1, inf)")
+    text_width: int = setting(1024, within="[1, inf)")  # width of the text encoder's tokens
+    text_length: int = setting(77, within="[1, inf)")  # text tokens that there are positions for
+    # side of the latents that the positions are learned for
+    sample_size: int = setting(32, within="[1, inf)")
+    # of the computation; train.precision sets it
+    dtype: str = one_of(PRECISIONS, "float32", decides=NOTHING)
+    # what is recomputed in the backward pass
+    remat: str = one_of(REMAT, "none", decides=NOTHING)
     pooled_width: ClassVar[int] = 0  # the pooled text does not condition it
 
     def __post_init__(self) -> None:
-        if self.depth < 2 or self.depth % 2:
+        check_fields(self)
+        if self.depth % 2:
             raise ValueError(
                 f"depth is {self.depth}; it is even and at least 2, a half of it on each side of the middle block"
             )

@@ -16,6 +16,7 @@ from ldm_jax.parallel.rules import Rules
 from ldm_jax.types import BATCH_AXES, TENSOR_AXIS
 
 AXES = (*BATCH_AXES, TENSOR_AXIS)
+SIZES = {"range": "-1 or [1, inf)"}  # of an axis
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,9 +28,12 @@ class MeshConfig:
     parameters (`ldm_jax.models.axes`), each with the axis that divides it, the most important first.
     """
 
-    data: int = -1  # devices that divide the batch; -1: all that are left
-    fsdp: int = 1  # devices that divide the parameters and the batch
-    tensor: int = 1  # devices that divide heads and feed-forward layers
+    # devices that divide the batch; -1: all that are left
+    data: int = dataclasses.field(default=-1, metadata=SIZES)
+    # devices that divide the parameters and the batch
+    fsdp: int = dataclasses.field(default=1, metadata=SIZES)
+    # devices that divide heads and feed-forward layers
+    tensor: int = dataclasses.field(default=1, metadata=SIZES)
     rules: tuple[
         str, ...
     ] = (  # which axis divides which dim of a parameter, in order of preference
@@ -43,6 +47,11 @@ class MeshConfig:
     )
 
     def __post_init__(self) -> None:
+        sizes = [getattr(self, axis) for axis in AXES]
+        if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
+            raise ValueError(
+                f"Mesh sizes are positive and at most one of them is -1, got {_named(sizes)}."
+            )
         for rule in self.rules:
             if rule.count("=") != 1:
                 raise ValueError(
@@ -185,15 +194,16 @@ def check_rows(size: int, mesh: Mesh) -> None:
         )
 
 
+def _named(sizes: Sequence[int]) -> str:
+    return ", ".join(f"{axis}={size}" for axis, size in zip(AXES, sizes, strict=True))
+
+
 def _sizes(config: MeshConfig, num_devices: int) -> tuple[int, ...]:
     sizes = tuple(getattr(config, axis) for axis in AXES)
-    given = ", ".join(f"{axis}={size}" for axis, size in zip(AXES, sizes, strict=True))
-    if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
-        raise ValueError(f"Mesh sizes are positive and at most one of them is -1, got {given}.")
     known = math.prod(size for size in sizes if size != -1)
     if num_devices % known or (known != num_devices and -1 not in sizes):
         raise ValueError(
-            f"A mesh of {given} does not fill {num_devices} devices: the sizes must multiply to "
+            f"A mesh of {_named(sizes)} does not fill {num_devices} devices: the sizes must multiply to "
             f"{num_devices}, and one of them may be -1 to take what is left."
         )
     return tuple(num_devices // known if size == -1 else size for size in sizes)

@@ -35,11 +35,13 @@ from ldm_jax.metrics.resize import to_pixels
 from ldm_jax.models import weights
 from ldm_jax.pages.evaluation import evaluation_page
 from ldm_jax.parallel import distributed
-from ldm_jax.runs.config import SamplingConfig
+from ldm_jax.runs.config import SamplingConfig, absolute_location
 from ldm_jax.runs.run import Run
 from ldm_jax.runs.scoring import Scoring, identity, make_scoring
-from ldm_jax.settings.command_line import UsageError
-from ldm_jax.settings.schema import to_json
+from ldm_jax.settings.command_line import UsageError, in_words
+from ldm_jax.settings.fields import IMAGES, PARAMETERS
+from ldm_jax.settings.paths import home_path
+from ldm_jax.settings.schema import decisive, to_json
 from ldm_jax.settings.values import flag, list_of, names_of, seeds
 from ldm_jax.types import Params, Pixels
 
@@ -74,20 +76,25 @@ class Request:
     images: str | None = flag(
         None,
         "score these images, not a model's: folder:PATH or another source, with captions as prompts",
+        type=in_words(absolute_location),
         metavar="SOURCE",
     )
     truth: str | None = flag(
-        None, "with --images: the images that they should be, in the same order", metavar="SOURCE"
+        None,
+        "with --images: the images that they should be, in the same order",
+        type=in_words(absolute_location),
+        metavar="SOURCE",
     )
     against: str | None = flag(
         None,
         "an evaluation to test against: its directory, RUN/evaluated/NAME",
+        type=in_words(home_path),
         metavar="DIRECTORY",
     )
     over: Sequence[str] = flag(
         (),
         "evaluations of runs of other seeds: the mean of all, whose interval holds for other seeds",
-        type=lambda text: text.split(","),
+        type=in_words(lambda text: [home_path(path) for path in text.split(",")]),
         metavar="DIRECTORY,...",
     )
     keep: bool = flag(
@@ -206,11 +213,9 @@ class Model:
 
 def identity_of(run: Run, params: Params) -> dict[str, Any]:
     """Returns what decides a model's images, but for sampling: a digest of all weights and of how they are used."""
-    settings = json.loads(to_json(run.config))
-    used = {
-        name: settings[name] for name in ("prediction", "schedule", "backbone", "text_precision")
-    }
-    facts = used | {"size": run.config.data.size, "precision": run.config.train.precision}
+    images, parameters = decisive(run.config, IMAGES), decisive(run.config, PARAMETERS)
+    facts = {path: value for path, value in images.items() if path in parameters}
+    del facts["pretrained"]  # the networks count, and not where they lie
     prints = [
         weights.fingerprint(each)
         for each in (params, run.frozen.autoencoder.params, run.frozen.text_params)

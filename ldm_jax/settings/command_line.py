@@ -1,14 +1,14 @@
 """One command line for all commands: `--config=configs/x.py --config.a.b=value --workdir=RUN`.
 
 A config file is Python with `get_config() -> ConfigDict` (or `get_config(argument)`, reached by
-`--config=configs/x.py:argument`), made by `configuration.to_config_dict`. Without `--config` the
+`--config=configs/x.py:argument`), made by `settings.schema.to_config_dict`. Without `--config` the
 config is the one that the run in the working directory was started with. What a user got wrong is
 said in one line on standard error, with exit code 2 for the command line and 1 for all else.
 """
 
 import argparse
-import ast
 import contextlib
+import functools
 import importlib.util
 import inspect
 import logging
@@ -23,20 +23,24 @@ from collections.abc import Callable, Iterator, Sequence
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 from etils import epath
 from ml_collections import config_dict
 
 import ldm_jax
-from ldm_jax.settings import schema
+from ldm_jax.settings import fields, schema
+from ldm_jax.settings.paths import home_path
+from ldm_jax.settings.reading import read_value
 from ldm_jax.settings.schema import CONFIG_FILE, Setting
+from ldm_jax.settings.suggestions import same_name, unknown_setting
 
 HELP_COLUMN = 46
 _MISSING_KEY = re.compile(r"^(Key \W)?(?P<key>\w+)(\W does not exist|$)")
 _NEAREST_KEY = re.compile(r"Did you mean \W(\w+)")
 USER_ERRORS = (ValueError, OSError, FloatingPointError)
 
+Value = TypeVar("Value")
 AddFlags = Callable[[argparse.ArgumentParser], None]
 
 
@@ -113,7 +117,9 @@ def parse(
     flags, unknown = parser.parse_known_args(rest)
     if unknown or (overrides and cls is None):
         first = unknown[0] if unknown else f"--config.{overrides[0][0]}"
-        raise UsageError(f"there is no {first} here; --help lists what can be given")
+        raise UsageError(
+            f"there is no {first} here; --help lists what can be given{same_name(first, cls)}"
+        )
     if cls is not None:
         flags.config = _config(flags, overrides, cls)
     return flags
@@ -125,7 +131,7 @@ def load_config(reference: str) -> config_dict.ConfigDict:
     Raises:
       UsageError: no such file, no `get_config` in it, or an error in it (with the line).
     """
-    path, colon, argument = reference.partition(":")
+    path, colon, argument = home_path(reference).partition(":")
     if not Path(path).is_file():
         raise UsageError(f"--config={reference}: there is no file {path}")
     try:
@@ -145,11 +151,25 @@ def load_config(reference: str) -> config_dict.ConfigDict:
     return config
 
 
+def in_words(read: Callable[[str], Value]) -> Callable[[str], Value]:
+    """A type of flags for argparse, which shows what a ValueError of `read` says."""
+
+    @functools.wraps(read)
+    def typed(text: str) -> Value:
+        try:
+            return read(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(error) from error
+
+    return typed
+
+
+@in_words
 def any_path(text: str) -> epath.Path:
-    """A flag's path, on a disk or in a bucket; argparse makes a sentence of what this raises."""
+    """A flag's path, on a disk or in a bucket."""
     if "://" in text and not text.startswith("gs://"):
-        raise argparse.ArgumentTypeError(f"{text!r} is neither on a disk nor gs://BUCKET/...")
-    return epath.Path(text)
+        raise ValueError(f"{text!r} is neither on a disk nor gs://BUCKET/...")
+    return epath.Path(home_path(text))
 
 
 class _Parser(argparse.ArgumentParser):
@@ -213,7 +233,9 @@ def _config(flags: argparse.Namespace, overrides: list[tuple[str, str]], cls: ty
     try:
         for path, text in overrides:
             _override(config, path, text, table)
-        return schema.from_config_dict(config, cls)
+        for path, _ in overrides:
+            _require_chosen(config, path, table)
+        return schema.with_absolute_paths(schema.from_config_dict(config, cls))
     except ValueError as error:
         raise UsageError(error) from error
 
@@ -244,7 +266,7 @@ def _override(
     config: config_dict.ConfigDict, path: str, text: str, table: dict[str, Setting]
 ) -> None:
     if path not in table:
-        raise UsageError(_unknown(path, list(table)))
+        raise UsageError(unknown_setting(path, list(table)))
     *sections, leaf = path.split(".")
     for section in sections:
         config = config[section]
@@ -253,53 +275,25 @@ def _override(
 
 def _value(text: str, setting: Setting) -> Any:
     where = f"--config.{setting.path}"
-    if setting.names is not None:
-        return schema.check_name(text, setting.names, where)
-    for candidate in _readings(text):
-        try:
-            return schema.conform(candidate, setting.kind, where)
-        except ValueError:
-            continue
-    return schema.conform(text, setting.kind, where)
+    if setting.kind is str and setting.names is not None:
+        return fields.check_name(text, setting.names, where)
+    value = read_value(text, setting.kind, where)
+    fields.check_value(value, setting.metadata, where)
+    return value
 
 
-def _readings(text: str) -> Iterator[Any]:
-    """What a text may mean, the first that fits the type counts."""
-    if text.lower() == "none":
-        yield None
-    yield text
-    try:
-        literal = ast.literal_eval(text.capitalize() if text in ("true", "false") else text)
-        yield literal
-        yield (literal,)
-    except (ValueError, SyntaxError):
-        pass
-    yield tuple(text.split(","))
-
-
-def _unknown(path: str, paths: list[str]) -> str:
-    """The sentence for an override that names no setting: what there is where the path goes wrong."""
-    known, children = [], _children("", paths)
-    for key in path.split("."):
-        where = ".".join(["--config", *known])
-        if not children:
-            return f"{where} is one setting; there is no {key!r} in it"
-        if key not in children:
-            return schema.no_such_key(where, key, children) + _elsewhere(path, paths)
-        known.append(key)
-        children = _children(".".join(known) + ".", paths)
-    return f"--config.{path} is a section; give one of its settings: {', '.join(children)}"
-
-
-def _elsewhere(path: str, paths: list[str]) -> str:
-    name = path.rpartition(".")[2]
-    found = [f"--config.{other}" for other in paths if other.rpartition(".")[2] == name]
-    return f"; there is {' and '.join(found)}" if found and len(found) < 4 else ""
-
-
-def _children(prefix: str, paths: list[str]) -> list[str]:
-    below = (path.removeprefix(prefix) for path in paths if path.startswith(prefix))
-    return list(dict.fromkeys(path.partition(".")[0] for path in below))
+def _require_chosen(config: config_dict.ConfigDict, path: str, table: dict[str, Setting]) -> None:
+    """Raises UsageError for a setting of a row that is not chosen: it would count for nothing."""
+    keys = path.split(".")
+    for depth, key in enumerate(keys):
+        name = ".".join([*keys[:depth], "name"])
+        rows = table[name].names if name in table else None
+        if key in (rows or ()) and config["name"] != key:
+            raise UsageError(
+                f"--config.{path} counts only where --config.{name} is {key!r}, and it is {config['name']!r}; add"
+                f" --config.{name}={key}"
+            )
+        config = config[key]
 
 
 def _module(path: str) -> ModuleType:
@@ -348,9 +342,9 @@ def _setting_lines(config: config_dict.ConfigDict, cls: type) -> Iterator[str]:
         value = config
         for key in setting.path.split("."):
             value = value[key]
-        names, kind = setting.names, schema.kind_name(setting.kind)
-        allowed = " | ".join(names) if names else kind
-        yield _row(f"--config.{setting.path}={value}", f"{setting.help} [{allowed}]".strip())
+        yield _row(
+            f"--config.{setting.path}={value}", f"{setting.help} [{setting.allowed}]".strip()
+        )
 
 
 def _row(left: str, right: str) -> str:

@@ -5,27 +5,31 @@ strings, booleans, tuples of these, what may be None (`int | None`), other such 
 `choice` among a registry's classes. A field's line of help is the comment beside or above it, or
 what the class's docstring says of it.
 
-    SAMPLERS = {"ddim": DDIM, "dpmpp": DPMpp}
-
-    @dataclasses.dataclass(frozen=True)
-    class Run:
-        model: UNetConfig = UNetConfig()
-        sampler: Sampler = choice(SAMPLERS, DDIM())  # how samples are drawn
-        prediction: str = one_of(PREDICTIONS, "v")  # what the network predicts
-        steps: int = 50  # sampling steps
-
-    config = to_config_dict(Run())       # ml_collections: locked, dotted
-    config.sampler.name = "dpmpp"        # a section for each row; only the named one counts
-    config.sampler.dpmpp.order = 3
-    run = from_config_dict(config, Run)  # Run(sampler=DPMpp(order=3), ...), or a ValueError
+    >>> import dataclasses
+    >>> from ldm_jax.diffusion import DDIM, PREDICTIONS, DPMpp, Sampler
+    >>> from ldm_jax.settings.fields import IMAGES, choice, one_of, setting
+    >>> @dataclasses.dataclass(frozen=True)
+    ... class Run:
+    ...     sampler: Sampler = choice({"ddim": DDIM, "dpmpp": DPMpp}, DDIM())  # the rule of a step
+    ...     prediction: str = one_of(PREDICTIONS, "v")  # what the network predicts
+    ...     steps: int = setting(50, within="[1, inf)", decides=IMAGES)  # sampling steps
+    >>> config = to_config_dict(Run())  # ml_collections: locked, dotted
+    >>> config.sampler.name = "dpmpp"  # a section for each row; only the named one counts
+    >>> config.sampler.dpmpp.order = 1
+    >>> from_config_dict(config, Run).sampler
+    DPMpp(order=1, solver='midpoint', lower_order_final=True)
+    >>> config.steps = 0
+    >>> from_config_dict(config, Run)
+    Traceback (most recent call last):
+        ...
+    ValueError: config.steps is 0; it is at least 1
 """
 
 import ast
 import dataclasses
-import difflib
+import functools
 import inspect
 import io
-import itertools
 import json
 import re
 import textwrap
@@ -37,6 +41,9 @@ from typing import Any, NamedTuple, TypeVar
 
 from ml_collections import config_dict
 
+from ldm_jax.settings.fields import check_name, check_value, no_such_key
+from ldm_jax.settings.ranges import FINITE, check_number, shown, words
+
 CONFIG_FILE = "config.json"  # what a run's directory keeps its config in
 
 Config = TypeVar("Config")
@@ -44,12 +51,25 @@ Section = config_dict.ConfigDict | Mapping
 
 
 class Setting(NamedTuple):
-    """A leaf of a config: dotted path, type, line of help, and the names that it is limited to."""
+    """A leaf of a config: dotted path, type, line of help, names that it is limited to, and what is known of it.
+
+    `decides` is None where neither the field nor a section around it says so.
+    """
 
     path: str
     kind: Any
     help: str
     names: tuple[str, ...] | None
+    decides: frozenset[str] | None = None
+    metadata: Mapping[str, Any] = types.MappingProxyType({})
+
+    @property
+    def allowed(self) -> str:
+        """Its values in words: the names, or the type with its range."""
+        parts = [" | ".join(self.names)] if self.names else [kind_name(self.kind)]
+        parts += [words(self.metadata["range"])] if "range" in self.metadata else []
+        parts += [f"{words(self.metadata['count'])} of them"] if "count" in self.metadata else []
+        return ", ".join(parts)
 
 
 class Difference(NamedTuple):
@@ -63,30 +83,63 @@ class Difference(NamedTuple):
         return f"{self.path}: {self.old} -> {self.new}"
 
 
-def choice(registry: Mapping[str, type], default: Any) -> Any:
-    """A field that holds an instance of one of the registry's classes, which all have defaults."""
-    return dataclasses.field(default=default, metadata={"registry": registry})
-
-
-def one_of(names: Collection[str], default: str) -> Any:
-    """A field that holds one of a few names: a registry's, or those of a plain tuple."""
-    return dataclasses.field(default=default, metadata={"names": names})
-
-
-def settings(cls: type, path: str = "") -> Iterator[Setting]:
-    """Every leaf that a config of the class has, in the order of its fields."""
+def settings(
+    cls: type, path: str = "", decides: Collection[str] | None = None
+) -> Iterator[Setting]:
+    """Every leaf that a config of the class has, in the order of its fields; `decides` is what its section states."""
     for field, kind in _typed_fields(cls):
-        here = _join(path, field.name)
-        text = _help(cls, field.name)
+        here, text = _join(path, field.name), _help(cls, field.name)
+        own = field.metadata.get("decides", decides)
+        decided = None if own is None else frozenset(own)
         if registry := field.metadata.get("registry"):
-            yield Setting(f"{here}.name", str, text, tuple(registry))
+            yield Setting(f"{here}.name", str, text, tuple(registry), decided)
             for name, row in registry.items():
-                yield from settings(row, f"{here}.{name}")
+                yield from settings(row, f"{here}.{name}", own)
         elif dataclasses.is_dataclass(kind):
-            yield from settings(kind, here)
+            yield from settings(kind, here, own)
         else:
             names = field.metadata.get("names")
-            yield Setting(here, kind, text, tuple(names) if names is not None else None)
+            known = decided, field.metadata
+            yield Setting(here, kind, text, tuple(names) if names is not None else None, *known)
+
+
+@functools.cache
+def deciding(cls: type, *what: str) -> frozenset[str]:
+    """The dotted paths of the settings that decide any of `what`."""
+    return frozenset(
+        setting.path for setting in settings(cls) if setting.decides.intersection(what)
+    )
+
+
+def values(config: Any) -> dict[str, Any]:
+    """The values of a config's settings by dotted path, as JSON has them; of chosen rows alone."""
+    return dict(_leaves(json.loads(to_json(config))))
+
+
+def decisive(config: Any, *what: str) -> dict[str, Any]:
+    """Those `values` of a config that decide any of `what`."""
+    paths = deciding(type(config), *what)
+    return {path: value for path, value in values(config).items() if path in paths}
+
+
+def with_absolute_paths(config: Config, path: str = "config") -> Config:
+    """The config with every path as it is from any directory, as its field says how.
+
+    Raises:
+      ValueError: a path cannot be one.
+    """
+    changes = {}
+    for field, kind in _typed_fields(type(config)):
+        value, absolute = getattr(config, field.name), field.metadata.get("path")
+        here = f"{path}.{field.name}"
+        if "registry" in field.metadata or dataclasses.is_dataclass(kind):
+            changes[field.name] = with_absolute_paths(value, here)
+        elif absolute and value is not None:
+            try:
+                changes[field.name] = absolute(value)
+            except ValueError as error:
+                raise ValueError(f"{here} is {value!r}: {error}") from error
+    return dataclasses.replace(config, **changes)
 
 
 def to_config_dict(config: Any) -> config_dict.ConfigDict:
@@ -102,7 +155,7 @@ def to_config_dict(config: Any) -> config_dict.ConfigDict:
     return result.lock()
 
 
-def from_config_dict(config: Section, cls: type[Config], path: str = "config") -> Config:
+def from_config_dict(config: Any, cls: type[Config], path: str = "config") -> Config:
     """The dataclass that a `ConfigDict`, or a JSON file's dict, stands for.
 
     A field that is absent takes its default; rows that are not chosen are not looked at.
@@ -111,17 +164,18 @@ def from_config_dict(config: Section, cls: type[Config], path: str = "config") -
       ValueError: a key that the class does not have, a value of another type, a name that is not
         in the registry, or what the dataclass itself refuses; with the path of the value.
     """
+    _require_section(config, path)
     fields = {field.name: (field, kind) for field, kind in _typed_fields(cls)}
     for key in config:
         if key not in fields:
             raise ValueError(no_such_key(path, key, fields))
-    values = {
+    given = {
         name: _from_entry(config[name], field, kind, f"{path}.{name}")
         for name, (field, kind) in fields.items()
         if name in config
     }
     try:
-        return cls(**values)
+        return cls(**given)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
@@ -137,7 +191,9 @@ def from_json(text: str, cls: type[Config]) -> Config:
     A class may have `upgrade(content) -> content`, for what files of earlier versions call otherwise.
     """
     upgrade = getattr(cls, "upgrade", lambda content: content)
-    return from_config_dict(upgrade(json.loads(text)), cls)
+    content = json.loads(text)
+    _require_section(content, "config")
+    return from_config_dict(upgrade(content), cls)
 
 
 def config_difference(old: str, new: str) -> list[Difference]:
@@ -157,6 +213,7 @@ def conform(value: Any, kind: Any, path: str) -> Any:
     if origin in (typing.Union, types.UnionType):
         return _conform_union(value, kind, path)
     if kind is float and type(value) is int:
+        check_number(value, FINITE, path)  # or Python could not make a float of it
         return float(value)
     truth_for_number = isinstance(value, bool) and kind is not bool
     if isinstance(kind, type) and isinstance(value, kind) and not truth_for_number:
@@ -173,23 +230,6 @@ def kind_name(kind: Any) -> str:
     return kind.__name__ if isinstance(kind, type) and not typing.get_args(kind) else str(kind)
 
 
-def no_such_key(path: str, key: str, present: Iterable[str]) -> str:
-    """The sentence for a key that is not there: where, the nearest match, and what there is."""
-    present = list(present)
-    return f"{path} has no {key!r}{_nearest(key, present)}; it has {', '.join(present)}"
-
-
-def check_name(value: Any, names: Collection[str], path: str) -> str:
-    """The value, if it is one of the names.
-
-    Raises:
-      ValueError: it is not; the sentence lists the names.
-    """
-    if isinstance(value, str) and value in names:
-        return value
-    raise ValueError(f"{path} is {value!r}{_nearest(value, names)}; allowed are {', '.join(names)}")
-
-
 def _typed_fields(cls: type) -> list[tuple[dataclasses.Field, Any]]:
     hints = typing.get_type_hints(cls)
     return [(field, hints[field.name]) for field in dataclasses.fields(cls) if field.init]
@@ -203,11 +243,18 @@ def _as_entry(value: Any, field: dataclasses.Field, kind: Any, path: str) -> Any
         return config_dict.ConfigDict({"name": chosen, **branches})
     if dataclasses.is_dataclass(kind):
         return to_config_dict(value)
-    if (names := field.metadata.get("names")) is not None:
-        return check_name(value, names, path)
-    value, members = conform(value, kind, path), typing.get_args(kind)
+    value, members = _checked(value, field, kind, path), typing.get_args(kind)
     if type(None) in members:
         return config_dict.FieldReference(value, field_type=_placeholder_type(members))
+    return value
+
+
+def _checked(value: Any, field: dataclasses.Field, kind: Any, path: str) -> Any:
+    """A leaf's value as its type, inside of what its field states."""
+    if kind is str and "names" in field.metadata:
+        return check_name(value, field.metadata["names"], path)
+    value = conform(value, kind, path)
+    check_value(value, field.metadata, path)
     return value
 
 
@@ -226,16 +273,13 @@ def _from_entry(value: Any, field: dataclasses.Field, kind: Any, path: str) -> A
         name = check_name(value.get("name"), registry, f"{path}.name")
         return from_config_dict(value.get(name, {}), registry[name], f"{path}.{name}")
     if dataclasses.is_dataclass(kind):
-        _require_section(value, path)
         return from_config_dict(value, kind, path)
-    if (names := field.metadata.get("names")) is not None:
-        return check_name(value, names, path)
-    return conform(value, kind, path)
+    return _checked(value, field, kind, path)
 
 
 def _require_section(value: Any, path: str) -> None:
     if not isinstance(value, Section):
-        raise ValueError(f"{path} is {value!r}; it is a section of settings")
+        raise ValueError(f"{path} is {shown(value)}; it is a section of settings")
 
 
 def _conform_tuple(value: Iterable[Any], kind: Any, path: str) -> tuple[Any, ...]:
@@ -243,7 +287,9 @@ def _conform_tuple(value: Iterable[Any], kind: Any, path: str) -> tuple[Any, ...
     if len(members) == 2 and members[1] is Ellipsis:
         members = members[:1] * len(value)
     if len(members) != len(value):
-        raise ValueError(f"{path} is {value!r}; it takes {len(members)} values, {kind_name(kind)}")
+        raise ValueError(
+            f"{path} is {shown(value)}; it takes {len(members)} values, {kind_name(kind)}"
+        )
     pairs = enumerate(zip(value, members, strict=True))
     return tuple(conform(item, member, f"{path}[{i}]") for i, (item, member) in pairs)
 
@@ -258,7 +304,7 @@ def _conform_union(value: Any, kind: Any, path: str) -> Any:
 
 
 def _wrong_type(value: Any, kind: Any, path: str) -> ValueError:
-    return ValueError(f"{path} is {value!r}; it takes {kind_name(kind)}")
+    return ValueError(f"{path} is {shown(value)}; it takes {kind_name(kind)}")
 
 
 def _plain(config: Any) -> dict[str, Any]:
@@ -280,6 +326,14 @@ def _name_in(registry: Mapping[str, type], value: Any) -> str:
     raise ValueError(f"{value!r} is not of the registered classes: {', '.join(registry)}")
 
 
+def _leaves(tree: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, _join(path, key))
+        else:
+            yield _join(path, key), value
+
+
 def _differences(old: Mapping[str, Any], new: Mapping[str, Any], path: str) -> Iterator[Difference]:
     # Where another row of a registry was chosen, its name says so; the rows have nothing in common.
     replaced = {old.get("name"), new.get("name")} if old.get("name") != new.get("name") else set()
@@ -288,32 +342,18 @@ def _differences(old: Mapping[str, Any], new: Mapping[str, Any], path: str) -> I
         if isinstance(was, Mapping) and isinstance(now, Mapping):
             yield from _differences(was, now, _join(path, key))
         elif was != now and key not in replaced:
-            yield Difference(_join(path, key), _shown(was), _shown(now))
+            yield Difference(_join(path, key), _as_json(was), _as_json(now))
 
 
 _ABSENT = object()
 
 
-def _shown(value: Any) -> str:
+def _as_json(value: Any) -> str:
     return "absent" if value is _ABSENT else json.dumps(value)
 
 
 def _join(path: str, key: str) -> str:
     return f"{path}.{key}" if path else key
-
-
-def _nearest(key: Any, present: Collection[str]) -> str:
-    matches = difflib.get_close_matches(str(key), list(present))
-    if not matches:
-        return ""
-    # Slips are rare at the start of a name: "dpm++" is nearer to "dpmpp" than to "ddpm".
-    nearest = max(matches, key=lambda match: _shared_start(match, str(key)))
-    return f" (did you mean {nearest!r}?)"
-
-
-def _shared_start(first: str, second: str) -> int:
-    pairs = zip(first, second, strict=False)
-    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
 def _help(cls: type, name: str) -> str:
@@ -333,6 +373,7 @@ def _from_docstring(cls: type, name: str) -> str:
     return next((found.rstrip(".;") for found in sentences if f"`{name}`" in found), "")
 
 
+@functools.cache
 def _comments(cls: type) -> dict[str, str]:
     """For each field of a class the comment beside it, or else the lines of comment above it."""
     try:

@@ -5,9 +5,9 @@ import dataclasses
 from collections.abc import Callable, Collection
 from typing import Any, TypeVar
 
-Request = TypeVar("Request")
+from ldm_jax.settings.ranges import check_seed
 
-LARGEST_SEED = 2**31 - 1
+Request = TypeVar("Request")
 
 
 def flag(default: Any, help: str, **options: Any) -> Any:
@@ -58,10 +58,10 @@ def names_of(what: str, names: Collection[str]) -> Callable[[str], list[str]]:
 
 def seeds(text: str) -> list[int]:
     """Parses seeds with commas between them."""
-    found = list_of(int)(text)
-    if wrong := [seed for seed in found if not 0 <= seed <= LARGEST_SEED]:
-        raise argparse.ArgumentTypeError(f"a seed is from 0 to {LARGEST_SEED}, and not {wrong[0]}")
-    return found
+    try:
+        return [check_seed(seed, "a seed") for seed in list_of(int)(text)]
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(error) from error
 
 
 def num_bytes(text: str) -> int:

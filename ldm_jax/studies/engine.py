@@ -26,13 +26,14 @@ from ldm_jax.runs import evaluate as evaluation
 from ldm_jax.runs.encode import encode
 from ldm_jax.runs.run import Run, alone_among_runs
 from ldm_jax.runs.train import keep_programs, train
+from ldm_jax.settings.fields import PARAMETERS
+from ldm_jax.settings.schema import decisive
 from ldm_jax.studies.records import SamplingRecord
 from ldm_jax.studies.sampling import (
     Model,
     SamplingStudy,
     Way,
     count_cells,
-    decisive,
     digest_of,
     models,
 )
@@ -40,7 +41,6 @@ from ldm_jax.training import Stopwatch
 from ldm_jax.training.record import RunRecord
 
 LEDGER = "records.jsonl"
-EVALUATION = ("eval.", "sampling.")  # settings that decide nothing of a model
 _log = logging.getLogger(__name__)
 
 
@@ -90,9 +90,8 @@ def placed(model: Model, workdir: epath.Path) -> Model:
 
 def home(model: Model, workdir: epath.Path) -> epath.Path:
     """Where a model is trained and sampled: a directory of its own for everything that decides its parameters."""
-    settings = decisive(model.config).items()
-    trained = {path: value for path, value in settings if not path.startswith(EVALUATION)}
-    return workdir / "models" / f"{model.name}-{digest_of(trained)[:8]}"
+    digest = digest_of(decisive(model.config, PARAMETERS))
+    return workdir / "models" / f"{model.name}-{digest[:8]}"
 
 
 def trained(model: Model, run: Run) -> None:

@@ -1,7 +1,6 @@
 """A study of how to sample, as a grid: what is in it, what each part of it costs, what the whole comes to."""
 
 import dataclasses
-import fnmatch
 import functools
 import hashlib
 import json
@@ -13,13 +12,14 @@ from ldm_jax import diffusion
 from ldm_jax.diffusion import SAMPLERS
 from ldm_jax.evals import METRICS
 from ldm_jax.evals.scores import OfSets
-from ldm_jax.files.flat import flat
 from ldm_jax.models.flops import Count
 from ldm_jax.parallel.chips import slice_named
 from ldm_jax.planning.programs import Planned
 from ldm_jax.runs.config import RunConfig, SamplingConfig
 from ldm_jax.runs.run import Run
-from ldm_jax.settings.schema import check_name, to_json
+from ldm_jax.settings.fields import IMAGES, PARAMETERS, SCORES, check_name
+from ldm_jax.settings.ranges import check_seed
+from ldm_jax.settings.schema import decisive
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,8 +64,8 @@ class SamplingStudy:
                 )
         if not all(map(math.isfinite, self.guidance)):
             raise ValueError(f"guidance of the study is {self.guidance}; its scales are finite")
-        if not 0 <= min(self.seeds) <= max(self.seeds) < 2**31:
-            raise ValueError(f"seeds of the study are {self.seeds}; they are from 0 to 2147483647")
+        for seed in self.seeds:
+            check_seed(seed, "one of the seeds of the study")
         self._check_models()
         self._check_others()
 
@@ -104,25 +104,10 @@ class SamplingStudy:
     @functools.cached_property
     def digest(self) -> str:
         """Of all that decides the cells; records of another one are of another study."""
-        settings = {name: decisive(config) for name, config in self.models.items()}
+        what = PARAMETERS, IMAGES, SCORES
+        settings = {name: decisive(config, *what) for name, config in self.models.items()}
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return digest_of(fields | {"models": settings})
-
-
-# Settings that decide nothing of a model or its images; fnmatch patterns of dotted paths.
-INDIFFERENT = (
-    *("mesh.*", "data.records", "data.workers", "data.encode_batch", "train.log_every"),
-    *("train.save_every", "train.keep", "train.profile", "eval.shown", "eval.every"),
-)
-
-
-def decisive(config: RunConfig) -> dict[str, Any]:
-    """The settings of a run by dotted path, all but `INDIFFERENT` ones."""
-    return {
-        path: value
-        for path, value in flat(json.loads(to_json(config)))
-        if not any(fnmatch.fnmatch(path, pattern) for pattern in INDIFFERENT)
-    }
 
 
 def digest_of(facts: Any) -> str:

@@ -11,6 +11,9 @@ import optax
 from jaxtyping import Array, Float
 
 from ldm_jax.parallel.rules import leaf_name
+from ldm_jax.settings.fields import check_fields, one_of, setting
+
+CONSTANT = "constant"
 
 
 def _constant(progress: Float[Array, ""]) -> Float[Array, ""]:
@@ -22,7 +25,7 @@ def _cosine(progress: Float[Array, ""]) -> Float[Array, ""]:
 
 
 SCHEDULES: dict[str, Callable[[Float[Array, ""]], Float[Array, ""]]] = {
-    "constant": _constant,
+    CONSTANT: _constant,
     "cosine": _cosine,
 }
 
@@ -37,25 +40,26 @@ class OptimizerConfig:
     `clip_norm` of inf does not clip.
     """
 
-    learning_rate: float = 1e-4  # its peak
-    warmup_examples: int = 0  # examples over which the rate rises linearly
-    schedule: str = (
-        "constant"  # after the warm-up: constant, or cosine to zero at the end of the run
-    )
-    b1: float = 0.9  # decay of AdamW's first moment
-    b2: float = 0.999  # decay of its second moment
-    eps: float = 1e-8  # added to the root of the second moment
-    weight_decay: float = 0.01  # of matrices and kernels; biases and scales are left alone
-    clip_norm: float = 1.0  # largest norm of the gradient; inf: no clipping
+    learning_rate: float = setting(1e-4, within="[0, inf)")  # its peak
+    # examples over which the rate rises linearly
+    warmup_examples: int = setting(0, within="[0, inf)")
+    # after the warm-up: constant, or cosine to zero at the end of the run
+    schedule: str = one_of(SCHEDULES, CONSTANT)
+    b1: float = setting(0.9, within="[0, 1)")  # decay of AdamW's first moment
+    b2: float = setting(0.999, within="[0, 1)")  # decay of its second moment
+    eps: float = setting(1e-8, within="[0, inf)")  # added to the root of the second moment
+    # of matrices and kernels; biases and scales are left alone
+    weight_decay: float = setting(0.01, within="[0, inf)")
+    # largest norm of the gradient; inf: no clipping
+    clip_norm: float = setting(1.0, within="(0, inf]")
 
     def __post_init__(self) -> None:
-        if self.schedule not in SCHEDULES:
-            raise ValueError(f"schedule is {self.schedule!r}, allowed are {sorted(SCHEDULES)}.")
-        if not self.clip_norm > 0 or self.warmup_examples < 0 or not self.learning_rate >= 0:
-            raise ValueError(
-                "clip_norm must be positive, warmup_examples and learning_rate not negative, got "
-                f"{self.clip_norm}, {self.warmup_examples} and {self.learning_rate}."
-            )
+        check_fields(self)
+
+    @property
+    def extendable(self) -> bool:
+        """Whether the rate does not depend on the length of the run, which may then change."""
+        return self.schedule == CONSTANT
 
 
 def make_optimizer(

@@ -62,9 +62,9 @@ def test_dropout_at_a_position_does_not_depend_on_the_captions():
 
 
 def test_what_is_no_probability_is_refused():
-    with pytest.raises(ValueError, match=r"dropout 1\.5"):
+    with pytest.raises(ValueError, match=r"dropout is 1\.5; it is from 0 to 1"):
         CaptionPolicy(dropout=1.5)
-    with pytest.raises(ValueError, match=r"alternatives -0\.1"):
+    with pytest.raises(ValueError, match=r"alternatives is -0\.1"):
         CaptionPolicy(alternatives=-0.1)
 
 

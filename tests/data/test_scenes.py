@@ -174,3 +174,9 @@ def test_scenes_are_a_source():
 def test_an_unknown_preset_or_split_is_refused_with_what_there_is(spec):
     with pytest.raises(ValueError, match=r"is not one of .*(simple, full|train, held_out, all)"):
         open_source(spec)
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32, 2**64])
+def test_a_seed_out_of_range_is_refused_where_a_source_is_opened(seed):
+    with pytest.raises(ValueError, match=f"scenes: seed is {seed}; it is from 0 to 4294967295"):
+        open_source(f"scenes:simple?seed={seed}")

@@ -124,7 +124,7 @@ def test_configs_that_ask_for_more_are_refused(values, sentence):
         ({"channels": (320, 640)}, "must be of one length"),
         ({"channels": (320, 640, 1280, 1300)}, "1300 channels cannot be divided into heads of 64"),
         ({"num_heads": 7}, "320 channels cannot be divided into 7 heads"),
-        ({"blocks": "vq"}, "blocks is 'vq'; it can be stable_diffusion, deepfloyd"),
+        ({"blocks": "vq"}, "blocks is 'vq'; allowed are stable_diffusion, deepfloyd"),
         (
             {"blocks": "deepfloyd", "transformer_depth": (0, 1, 2, 2)},
             r"transformer_depth is \(0, 1, 2, 2\).* have one attention",

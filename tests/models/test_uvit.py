@@ -102,7 +102,8 @@ def test_a_config_of_another_class_is_refused():
     ("fields", "sentence"),
     [
         ({"depth": 5}, "depth is 5; it is even and at least 2"),
-        ({"depth": 0}, "depth is 0; it is even and at least 2"),
+        ({"depth": 0}, "depth is 0; it is at least 2"),
+        ({"patch_size": 0}, "patch_size is 0; it is at least 1"),
         ({"num_heads": 3}, "width 16 is not a multiple of num_heads 3"),
         ({"patch_size": 3}, "sample_size 8 is not a multiple of patch_size 3"),
     ],

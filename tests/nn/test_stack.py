@@ -5,6 +5,7 @@ import pytest
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
+from ldm_jax.models import computation
 from ldm_jax.nn.functional import functional
 from ldm_jax.nn.stack import REMAT, Stack
 
@@ -151,6 +152,10 @@ def test_the_program_does_not_grow_with_depth():
         return [program.as_text().count("\n") for program in programs]
 
     assert size(2) == size(20)
+
+
+def test_configs_name_the_rows_that_there_are():
+    assert tuple(REMAT) == computation.REMAT
 
 
 def test_bad_arguments_are_refused(params):

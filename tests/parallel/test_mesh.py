@@ -38,19 +38,19 @@ def test_given_devices_are_used_and_no_others():
 
 
 @pytest.mark.parametrize(
-    ("config", "message"),
+    ("sizes", "message"),
     [
-        (MeshConfig(data=-1, fsdp=3), "data=-1, fsdp=3, tensor=1 does not fill 8 devices"),
-        (MeshConfig(data=4, fsdp=1), "does not fill 8 devices"),
-        (MeshConfig(data=16, fsdp=1), "does not fill 8 devices"),
-        (MeshConfig(data=-1, fsdp=-1), "at most one of them is -1"),
-        (MeshConfig(data=0), "positive"),
-        (MeshConfig(data=-2), "positive"),
+        ({"data": -1, "fsdp": 3}, "data=-1, fsdp=3, tensor=1 does not fill 8 devices"),
+        ({"data": 4, "fsdp": 1}, "does not fill 8 devices"),
+        ({"data": 16, "fsdp": 1}, "does not fill 8 devices"),
+        ({"data": -1, "fsdp": -1}, "at most one of them is -1"),
+        ({"data": 0}, "positive"),
+        ({"data": -2}, "positive"),
     ],
 )
-def test_sizes_that_do_not_fit_are_refused_with_the_reason(config, message):
+def test_sizes_that_do_not_fit_are_refused_with_the_reason(sizes, message):
     with pytest.raises(ValueError, match=message):
-        make_mesh(config)
+        make_mesh(MeshConfig(**sizes))
 
 
 def test_rows_of_a_batch_are_divided_over_data_and_fsdp_and_repeated_over_tensor():

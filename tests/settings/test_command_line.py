@@ -13,7 +13,8 @@ from ldm_jax.settings.schema import CONFIG_FILE, to_json
 
 PROGRAM = """
 import argparse, dataclasses
-from ldm_jax.settings.schema import choice, one_of, to_config_dict
+from ldm_jax.settings.fields import choice, one_of, setting
+from ldm_jax.settings.schema import to_config_dict
 from ldm_jax.settings.command_line import UsageError, run_command
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +33,7 @@ class Train:
     widths: tuple[int, ...] = (64, 128)  # channels of each level
     words: tuple[str, ...] = ("a",)  # prompts
     remat: bool = False  # compute activations twice
+    steps: int = setting(9, within="[1, inf)")  # of the optimiser
 
 @dataclasses.dataclass(frozen=True)
 class Run:
@@ -40,15 +42,15 @@ class Run:
     train: Train = Train()
 
 def main(flags):
-    if command_line.fail == "value":
+    if flags.fail == "value":
         raise ValueError("latents have\\n   4 channels")
-    if command_line.fail == "file":
-        open(command_line.workdir / "absent")
-    if command_line.fail == "usage":
+    if flags.fail == "file":
+        open(flags.workdir / "absent")
+    if flags.fail == "usage":
         raise UsageError("give a prompt")
-    if command_line.fail == "defect":
+    if flags.fail == "defect":
         {}["absent"]
-    print(command_line.config)
+    print(flags.config)
 
 def add_flags(parser):
     parser.add_argument("--fail", metavar="KIND", help="how to fail")
@@ -119,7 +121,7 @@ def test_override_may_stand_apart_from_its_value(program):
 def test_choice_takes_a_name_and_the_settings_of_its_row(program):
     words = ["--config.sampler.name=multistep", "--config.sampler.multistep.order=3"]
     assert parse(program, *words).sampler == program.Multistep(order=3)
-    assert parse(program, words[1]).sampler == program.Euler()
+    assert parse(program, *reversed(words)).sampler == program.Multistep(order=3)
 
 
 def test_argument_after_the_colon_reaches_get_config(program):
@@ -136,12 +138,22 @@ def test_without_config_the_run_goes_by_its_own(program, tmp_path):
 
 
 OVERRIDES = {
+    "--config.sampler.multistep.order=3": "--config.sampler.multistep.order counts only where --config.sampler.name is "
+    "'multistep', and it is 'euler'; add --config.sampler.name=multistep",
+    "--config.train.steps=0": "--config.train.steps is 0; it is at least 1",
+    "--config.train.rate=nan": "--config.train.rate is nan; it is finite",
+    "--config.train.rate=1e400": "--config.train.rate is '1e400', which is inf; it is finite, and no larger than "
+    "float32 holds (3.4e+38)",
+    "--config.sampler.ordr=3": "--config.sampler has no 'ordr'; it has name, euler, multistep; there is "
+    "--config.sampler.multistep.order",
+    "--config.raet=3": "--config has no 'raet'; it has sampler, prediction, train; there is --config.train.rate",
+    "--rate=3": "there is no --rate=3 here; --help lists what can be given; there is --config.train.rate",
     "--config.train.bach=8": "--config.train has no 'bach' (did you mean 'batch'?); it has batch, rate, clip, "
-    "widths, words, remat",
+    "widths, words, remat, steps",
     "--config.batch=8": "--config has no 'batch'; it has sampler, prediction, train; there is "
     "--config.train.batch",
     "--config.train=8": "--config.train is a section; give one of its settings: batch, rate, clip, widths, "
-    "words, remat",
+    "words, remat, steps",
     "--config.train.rate.x=8": "--config.train.rate is one setting; there is no 'x' in it",
     "--config.train.batch=1.5": "--config.train.batch is '1.5'; it takes int",
     "--config.train.batch=none": "--config.train.batch is 'none'; it takes int",
@@ -213,6 +225,15 @@ def test_a_file_may_leave_settings_to_their_defaults(program, tmp_path, capsys):
     assert "--config.train.rate=0.5" in capsys.readouterr().out
 
 
+def test_home_is_the_home_directory_in_flags_that_are_paths(program, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    flags = command_line.parse(["--config=~/config.py:9", "--workdir=~/run"], program.Run)
+    assert (flags.config.train.batch, str(flags.workdir)) == (9, f"{tmp_path}/run")
+    assert "no home directory here" in refusal(
+        program, "--config=config.py", "--workdir=~nobody0/run"
+    )
+
+
 def test_missing_flags_are_named(program):
     assert "--workdir" in refusal(program, "--config=config.py")
     expected = "--config is missing, and run has no config.json to go by"
@@ -274,7 +295,8 @@ def test_help_lists_flags_and_every_setting_with_value_help_and_type(program):
     assert "--config.sampler.multistep.order=2 of the solver [int]" in words
     assert "--config.train.clip=None norm of the gradients [float or none]" in words
     listed = [word for word in words if word.startswith("--config.") and "=" in word]
-    assert len(listed) == 10
+    assert "--config.train.steps=9 of the optimiser [int, at least 1]" in words
+    assert len(listed) == 11
 
 
 def test_help_shows_the_values_of_a_given_file(program):

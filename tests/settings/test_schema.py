@@ -8,14 +8,13 @@ import re
 import pytest
 from ml_collections import config_dict
 
+from ldm_jax.settings.fields import choice, one_of
 from ldm_jax.settings.schema import (
     check_name,
-    choice,
     config_difference,
     conform,
     from_config_dict,
     from_json,
-    one_of,
     settings,
     to_config_dict,
     to_json,

@@ -85,9 +85,9 @@ def test_decay_spares_biases_and_scales_though_stacked_blocks_make_matrices_of_t
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"schedule": "step"}, r"'step', allowed are \['constant', 'cosine'\]"),
-        ({"clip_norm": 0.0}, "clip_norm must be positive"),
-        ({"warmup_examples": -1}, "warmup_examples"),
+        ({"schedule": "step"}, "schedule is 'step'; allowed are constant, cosine"),
+        ({"clip_norm": 0.0}, "clip_norm is 0.0; it is above 0, or inf"),
+        ({"warmup_examples": -1}, "warmup_examples is -1; it is at least 0"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(given, message):
