@@ -14,7 +14,6 @@ from flax import nnx
 from ldm_jax.models import names
 from ldm_jax.nn.layers import (
     Downsample,
-    GroupNorm,
     Map,
     PixelAttention,
     ResBlock,
@@ -22,6 +21,7 @@ from ldm_jax.nn.layers import (
     conv3x3,
     linear,
 )
+from ldm_jax.nn.norms import GroupNorm
 from ldm_jax.types import Images, Latent
 
 EPSILON = 1e-6
