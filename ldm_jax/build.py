@@ -101,13 +101,6 @@ def make_training(
     )
 
 
-def jit_step(training: Training, mesh: Mesh) -> Callable[..., Any]:
-    """`step(state, frozen, batch) -> (state, scalars)`, compiled; it takes the state's memory."""
-    # Pinned, or the compiler may place the new state otherwise and compile a second time.
-    placed = jax.tree.map(lambda leaf: leaf.sharding, training.abstract)
-    return jit(training.step, mesh, donate_argnums=0, out_shardings=(placed, None))
-
-
 def load_weights(
     config: RunConfig,
     workdir: epath.PathLike,

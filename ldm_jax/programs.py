@@ -19,6 +19,7 @@ from ldm_jax.nn.functional import Functional
 from ldm_jax.parallel import batch_sharding, check_rows, device_bytes, jit, replicated
 from ldm_jax.parallel.cost import Cost, OutOfMemory, Profile, cost, profile, wasteful
 from ldm_jax.pretrained import Pretrained, abstract_pretrained
+from ldm_jax.training import jit_step
 from ldm_jax.types import Batch, Cond
 
 _log = logging.getLogger(__name__)
@@ -102,8 +103,9 @@ def training(config: RunConfig, mesh: Mesh) -> Program:
         index=array(jnp.uint32),
     )
     flops = count(config.backbone, side, _length(pretrained)).training_flops * rows
+    step = jit_step(made.step, made.abstract, mesh)
     arguments = {"state": made.abstract, "frozen": frozen, "batch": batch}
-    return Program("training", build.jit_step(made, mesh), arguments, mesh, flops, rows)
+    return Program("training", step, arguments, mesh, flops, rows)
 
 
 def sampling(config: RunConfig, mesh: Mesh) -> Program:

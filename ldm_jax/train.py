@@ -39,7 +39,7 @@ from ldm_jax.parallel import distributed, make_mesh
 from ldm_jax.pretrained import Pretrained, load_pretrained
 from ldm_jax.scaling.records import RunRecord, append_line, append_record, commit, read_lines
 from ldm_jax.scoring import Scoring, make_reference, make_scoring
-from ldm_jax.training import Every, Hook, State, Stopwatch, Tick, fit, prefetch
+from ldm_jax.training import Every, Hook, State, Stopwatch, Tick, fit, jit_step, prefetch
 from ldm_jax.training.checkpoints import Checkpoints
 from ldm_jax.training.hooks import Guard, Metrics, Profiler, Progress, tensorboard
 from ldm_jax.training.loop import tolerated
@@ -72,7 +72,7 @@ def run(config: RunConfig, workdir: epath.Path, watch: Stopwatch) -> None:
     evaluated = make_evaluated(config, workdir, network, pretrained, mesh)
     hooks = make_hooks(config, workdir, checkpoints, begun, flops, evaluated)
     loader.seek(begun)
-    step = build.jit_step(training, mesh)
+    step = jit_step(training.step, training.abstract, mesh)
     try:
         state = fit(
             lambda state, batch: step(state, pretrained.params, batch),
