@@ -44,8 +44,8 @@ def samplers(config):
 
     @functools.partial(jax.jit, static_argnums=3)
     def walk(params, noise, texts, steps):
-        prepared = apply(params, Cond(join(*texts)), method="prepare")
-        denoise = denoiser(apply, params, prepared, prediction=eps, guidance=SCALE)
+        branches = (apply(params, Cond(text), method="prepare") for text in texts)
+        denoise = denoiser(apply, params, join(*branches), prediction=eps, guidance=SCALE)
         points = Point(*(row[: steps + 1] for row in grid(ScaledLinear(), Leading(), STEPS)))
         return sample(denoise, noise, points, jax.random.split(jax.random.key(0), 1), DDIM())
 

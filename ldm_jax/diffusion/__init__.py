@@ -19,6 +19,7 @@ from ldm_jax.diffusion.grids import (
 from ldm_jax.diffusion.guidance import (
     EVERYWHERE,
     Interval,
+    Joined,
     Limited,
     check_interval,
     check_rescale,
@@ -114,6 +115,7 @@ __all__ = [
     "Heun",
     "Independent",
     "Interval",
+    "Joined",
     "Karras",
     "Leading",
     "Limited",

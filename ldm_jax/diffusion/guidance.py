@@ -44,10 +44,18 @@ class Limited:
         check_interval(self.interval)
 
 
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Joined:
+    """The contexts of both branches of guidance: rows c_1, u_1, c_2, u_2, ... `join` makes it."""
+
+    rows: Context
+
+
 def denoiser(
     apply: Apply,
     params: Params,
-    context: Context,
+    context: Context | Joined,
     *,
     prediction: Prediction,
     guidance: Scale | None = None,
@@ -57,7 +65,7 @@ def denoiser(
     """Makes `denoise(x, point) -> Denoised`, all that a sampler knows of a network.
 
     Without guidance `context` is prepared for the B prompts. With a guidance scale (one, or one an
-    example) it is prepared for the 2B rows of `join(cond, uncond)`; both branches run as one batch
+    example) it is `join(context, unconditional context)`; both branches run as one batch
     and y = y_u + scale (y_c - y_u) (Ho & Salimans 2022, eq. 6, where scale is 1 + w). At a fixed x
     that is the same guidance for every prediction. The scale may be traced, so that another one
     compiles nothing anew.
@@ -70,25 +78,51 @@ def denoiser(
         the conditional branch alone outside of it.
 
     Raises:
-      ValueError: `rescale` or the interval is not within [0, 1].
+      ValueError: `rescale` or the interval is not within [0, 1]; there is guidance and the context
+        is not joined, or the other way round; a joined context is not of as many examples as `x`.
     """
     check_rescale(rescale)
     check_interval(interval)
+    _check_joined(context, guidance)
 
     def denoise(x: Latent, point: Point) -> Denoised:
         told = jnp.broadcast_to(point.told, x.shape[:1])
-        if guidance is None:
+        if not isinstance(context, Joined):
             y = apply(params, x, told, context)
         else:
+            _check_pairs(context, len(x))
             twice = (repeat(row, "B ... -> (B 2) ...") for row in (x, told))
-            y_c, y_u = rearrange(apply(params, *twice, context), "(B two) ... -> two B ...", two=2)
+            y = apply(params, *twice, context.rows)
+            y_c, y_u = rearrange(y, "(B two) ... -> two B ...", two=2)
             y = _rescaled(y_u + per_example(guidance) * (y_c - y_u), y_c, rescale)
         return solve(prediction, point, y, x)
 
-    if guidance is None or interval == EVERYWHERE:
+    if not isinstance(context, Joined) or interval == EVERYWHERE:
         return denoise
-    alone = denoiser(apply, params, jax.tree.map(_conditional, context), prediction=prediction)
+    alone = denoiser(apply, params, jax.tree.map(_conditional, context.rows), prediction=prediction)
     return Limited(denoise, alone, interval)
+
+
+def _check_joined(context: Context | Joined, guidance: Scale | None) -> None:
+    if guidance is not None and not isinstance(context, Joined):
+        raise ValueError(
+            f"denoiser got guidance and a context of one branch, a {type(context).__name__}; guidance needs both:"
+            " give it join(context, unconditional context)"
+        )
+    if guidance is None and isinstance(context, Joined):
+        raise ValueError(
+            "denoiser got a context that join(...) made for both branches, and no guidance; give it a guidance scale,"
+            " or the conditional context alone"
+        )
+
+
+def _check_pairs(context: Joined, num_examples: int) -> None:
+    found = {leaf.shape[0] for leaf in jax.tree.leaves(context.rows)}
+    if found - {2 * num_examples}:
+        raise ValueError(
+            f"x holds {num_examples} examples, and join(...) made contexts of {max(found) / 2:g}; give join one"
+            " conditional row for each example"
+        )
 
 
 def check_rescale(rescale: float) -> None:
@@ -150,12 +184,12 @@ def _conditional(rows: Arr) -> Arr:
     return rearrange(rows, "(B two) ... -> two B ...", two=2)[0]
 
 
-def join(cond: Any, uncond: Any) -> Any:
+def join(cond: Context, uncond: Context) -> Joined:
     """Interleaves B conditional rows with B unconditional ones, or with one for all: c_1, u_1, ...
 
-    It takes any pytree of arrays [B, ...]: a Cond, or tokens still to be encoded. Unconditional
-    rows may be of the empty prompt, or of negative ones, away from which guidance leads. The two of
-    a pair lie side by side, so that a batch sharded over devices is guided without communication.
+    It takes any pytree of arrays [B, ...] that a network has prepared. Unconditional rows may be of
+    the empty prompt, or of negative ones, away from which guidance leads. The two of a pair lie
+    side by side, so that a batch sharded over devices is guided without communication.
 
     Raises:
       ValueError: the two have not the same fields, or `uncond` has neither 1 nor B rows.
@@ -165,7 +199,7 @@ def join(cond: Any, uncond: Any) -> Any:
         raise ValueError(
             f"join needs conditions of the same fields, got {structures[0]} and {structures[1]}"
         )
-    return jax.tree.map(_interleave, cond, uncond)
+    return Joined(jax.tree.map(_interleave, cond, uncond))
 
 
 def _interleave(cond: Any, uncond: Any) -> Array:

@@ -61,11 +61,11 @@ def make_generate(
         keys: Keys,
         guidance: Float[Array, ""],
     ) -> Any:
-        cond = join(encode(frozen, tokens), encode(frozen, negative))
+        branches = (prepare(params, encode(frozen, text)) for text in (tokens, negative))
         denoise = denoiser(
             apply,
             params,
-            prepare(params, cond),
+            join(*branches),
             prediction=prediction,
             guidance=guidance,
             rescale=rescale,

@@ -19,6 +19,7 @@ from ldm_jax.models.json_files import fields_of, typed
 from ldm_jax.models.names import check_fixed
 from ldm_jax.nn.attention import attention
 from ldm_jax.nn.layers import from_heads, into_heads, linear
+from ldm_jax.nn.norms import LayerNorm
 from ldm_jax.nn.stack import Stack
 from ldm_jax.types import Images, Tokens
 
@@ -177,13 +178,12 @@ def _embed(num: int, features: int, dtype: str, rngs: nnx.Rngs) -> nnx.Embed:
     return nnx.Embed(num, features, embedding_init=init, dtype=dtype, rngs=rngs)
 
 
-def layer_norm(config: Any, rngs: nnx.Rngs) -> nnx.LayerNorm:
+def layer_norm(config: Any, rngs: nnx.Rngs) -> LayerNorm:
     """That of a tower, CLIP's or another of transformers', whose config has its width and its epsilon."""
-    return nnx.LayerNorm(
+    return LayerNorm(
         config.hidden_size,
         epsilon=config.layer_norm_eps,
         dtype=config.dtype,
-        use_fast_variance=False,  # the residual stream of the trained towers has large outliers
         rngs=rngs,
     )
 

@@ -15,7 +15,6 @@ from ldm_jax.models import names
 from ldm_jax.models.json_files import typed
 from ldm_jax.nn.layers import (
     Downsample,
-    GroupNorm,
     Map,
     PixelAttention,
     ResBlock,
@@ -23,6 +22,7 @@ from ldm_jax.nn.layers import (
     conv3x3,
     linear,
 )
+from ldm_jax.nn.norms import GroupNorm
 from ldm_jax.types import Images, Latent
 
 EPSILON = 1e-6

@@ -6,7 +6,6 @@ and what the network returns are zero.
 
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from einops import rearrange, repeat
 from flax import nnx
@@ -15,6 +14,7 @@ from jaxtyping import Float
 from ldm_jax.models.pixart_config import EPSILON, SINUSOIDS, PixArtConfig
 from ldm_jax.models.unet_attention import StackedKeysValues
 from ldm_jax.nn.layers import MLP, Attention, KeysValues, Mask, linear, sinusoids, zeros
+from ldm_jax.nn.norms import layer_norm
 from ldm_jax.nn.stack import Stack
 from ldm_jax.types import Arr, Cond, Latent, PerExample
 
@@ -177,10 +177,7 @@ class PixArt(nnx.Module):
 
 def modulated(x: Hidden, shift: Modulation, scale: Modulation) -> Hidden:
     """Layer norm of `x`, scaled by 1 + `scale` and shifted; computed in float32, returned in the dtype of `x`."""
-    h = x.astype(jnp.float32)
-    variance = jnp.var(h, axis=-1, keepdims=True)
-    h = jax.nn.standardize(h, variance=variance, epsilon=EPSILON)
-    return (h * (1 + scale) + shift).astype(x.dtype)
+    return layer_norm(x, 1 + scale, shift, EPSILON).astype(x.dtype)
 
 
 def positions(rows: int, columns: int, base: float, width: int) -> Float[Arr, "N {width}"]:

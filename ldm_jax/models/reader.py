@@ -17,11 +17,13 @@ from jaxtyping import Array, Float
 from ldm_jax.models.json_files import check_known, fields_of, typed
 from ldm_jax.nn.attention import attention
 from ldm_jax.nn.layers import linear
+from ldm_jax.nn.norms import GroupNorm
 from ldm_jax.settings.schema import check_name
 from ldm_jax.types import Images
 
 CLASS = {"_class_name": "Reader"}
 DTYPES = ("float32", "bfloat16", "float16")
+EPSILON = 1e-6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +77,7 @@ class Reader(nnx.Module):
             nnx.Conv(i, o, (3, 3), strides=stride, padding=1, **kinds)
             for (i, o), stride in zip(itertools.pairwise(widths), config.strides, strict=True)
         )
-        self.norms = nnx.List(nnx.GroupNorm(o, num_groups=8, **kinds) for o in config.channels)
+        self.norms = nnx.List(GroupNorm(o, 8, EPSILON, dtype=config.dtype) for o in config.channels)
         side = config.size
         for stride in config.strides:
             side //= stride

@@ -16,7 +16,6 @@ from ldm_jax.models.unet_config import DEEPFLOYD, EPSILON, UNetConfig
 from ldm_jax.nn.layers import (
     MLP,
     Downsample,
-    GroupNorm,
     KeysValues,
     Map,
     Mask,
@@ -26,6 +25,7 @@ from ldm_jax.nn.layers import (
     sinusoids,
     zeros,
 )
+from ldm_jax.nn.norms import GroupNorm
 from ldm_jax.nn.stack import rematerialised
 from ldm_jax.types import Arr, Cond, Latent, PerExample
 

@@ -13,7 +13,6 @@ from ldm_jax.models.unet_config import EPSILON, UNetConfig
 from ldm_jax.nn.attention import attention
 from ldm_jax.nn.layers import (
     Attention,
-    GroupNorm,
     KeysValues,
     Map,
     Mask,
@@ -24,6 +23,7 @@ from ldm_jax.nn.layers import (
     linear,
     zeros,
 )
+from ldm_jax.nn.norms import GroupNorm, LayerNorm
 from ldm_jax.nn.placement import gathered, in_parts
 from ldm_jax.nn.platform import platform
 from ldm_jax.nn.stack import Stack
@@ -62,7 +62,7 @@ class TransformerBlock(nnx.Module):
         self, width: int, text_width: int, num_heads: int, dtype: str, rngs: nnx.Rngs
     ) -> None:
         self.norm1, self.norm2, self.norm3 = (
-            nnx.LayerNorm(width, epsilon=EPSILON, dtype=dtype, rngs=rngs) for _ in range(3)
+            LayerNorm(width, epsilon=EPSILON, dtype=dtype, rngs=rngs) for _ in range(3)
         )
         self.attn1 = Attention(width, width, num_heads, dtype=dtype, rngs=rngs)
         self.attn2 = Attention(width, text_width, num_heads, dtype=dtype, rngs=rngs)

@@ -13,6 +13,7 @@ from jaxtyping import Bool, Float
 
 from ldm_jax.models.uvit_config import EPSILON, UViTConfig
 from ldm_jax.nn.layers import Attention, conv3x3, gelu, linear, sinusoids
+from ldm_jax.nn.norms import LayerNorm
 from ldm_jax.nn.stack import Stack, rematerialised
 from ldm_jax.types import Arr, Cond, Latent, PerExample
 
@@ -154,5 +155,5 @@ def _linear(inputs: int, outputs: int, config: UViTConfig, rngs: nnx.Rngs) -> nn
     return linear(inputs, outputs, kernel_init=INIT, dtype=config.dtype, rngs=rngs)
 
 
-def _layer_norm(config: UViTConfig, rngs: nnx.Rngs) -> nnx.LayerNorm:
-    return nnx.LayerNorm(config.width, epsilon=EPSILON, dtype=config.dtype, rngs=rngs)
+def _layer_norm(config: UViTConfig, rngs: nnx.Rngs) -> LayerNorm:
+    return LayerNorm(config.width, epsilon=EPSILON, dtype=config.dtype, rngs=rngs)

@@ -12,6 +12,7 @@ from flax import nnx
 from jaxtyping import Bool, Float
 
 from ldm_jax.nn.attention import attention
+from ldm_jax.nn.norms import GroupNorm
 from ldm_jax.nn.placement import Axes, dividing, gathered, in_parts
 from ldm_jax.nn.platform import platform
 from ldm_jax.types import TENSOR_AXIS, Arr, PerExample
@@ -23,40 +24,6 @@ UNFOLDED = 256  # pixels of a batch of maps that CPUs take as one product of mat
 WHOLE = (None, None)  # axes of a mesh that divide a kernel while it is used
 zeros = nnx.initializers.zeros
 LECUN = nnx.initializers.lecun_normal()
-
-
-class GroupNorm(nnx.Module):
-    """Group normalisation (Wu and He 2018, arXiv:1803.08494) of maps, its statistics in float32.
-
-    The statistics come from the sums of x and x^2 by channel: one pass over `x` for them, one for the result, no
-    reshape of the activations into groups, and no float32 copy of them between the two.
-    """
-
-    def __init__(self, channels: int, num_groups: int, epsilon: float, *, dtype: str) -> None:
-        if channels % num_groups:
-            raise ValueError(f"{channels} channels do not divide into {num_groups} groups")
-        self.scale = nnx.Param(jnp.ones((channels,)))
-        self.bias = nnx.Param(jnp.zeros((channels,)))
-        self.num_groups, self.epsilon, self.dtype = num_groups, epsilon, dtype
-
-    def __call__(self, x: Map) -> Map:
-        x = x.astype(jnp.float32)
-        mean_BC = jnp.mean(x, axis=(1, 2))
-        square_BC = jnp.mean(jnp.square(x), axis=(1, 2))
-        mean_BG, square_BG = (
-            reduce(moment, "B (G c) -> B G", "mean", G=self.num_groups)
-            for moment in (mean_BC, square_BC)
-        )
-        variance_BG = jnp.maximum(square_BG - jnp.square(mean_BG), 0)
-        inverse_BG = jax.lax.rsqrt(variance_BG + self.epsilon)
-        group_size = x.shape[-1] // self.num_groups
-        mean_BC, inverse_BC = (
-            repeat(moment, "B G -> B (G c)", c=group_size) for moment in (mean_BG, inverse_BG)
-        )
-        slope_BC = inverse_BC * self.scale[...][None]
-        centred = x - mean_BC[:, None, None]
-        y = centred * slope_BC[:, None, None] + self.bias[...][None, None, None]
-        return y.astype(self.dtype)
 
 
 def linear(

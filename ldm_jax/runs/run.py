@@ -50,7 +50,14 @@ from ldm_jax.runs.pretrained import (
     load_pretrained,
     load_scoring,
 )
-from ldm_jax.training import State, abstract_state, init_state, make_optimizer, make_step
+from ldm_jax.training import (
+    State,
+    abstract_state,
+    init_state,
+    jit_step,
+    make_optimizer,
+    make_step,
+)
 from ldm_jax.training.checkpoints import Checkpoints
 from ldm_jax.training.optimizer import restricted
 from ldm_jax.training.step import Step
@@ -223,9 +230,7 @@ class Run:
 
     def jit_step(self) -> Callable[..., Any]:
         """Returns `step(state, frozen, batch) -> (state, scalars)`, compiled; it takes the state's memory."""
-        # Pinned, or the compiler may place the new state otherwise and compile a second time.
-        placed = jax.tree.map(lambda leaf: leaf.sharding, self.training.abstract)
-        return jit(self.training.step, self.mesh, donate_argnums=0, out_shardings=(placed, None))
+        return jit_step(self.training.step, self.training.abstract, self.mesh)
 
     @functools.cached_property
     def checkpoints(self) -> Checkpoints:

@@ -8,7 +8,7 @@ from ldm_jax.training.goodput import Stopwatch
 from ldm_jax.training.loop import Every, Hook, Preempted, Tick, TrainingError, fit, prefetch
 from ldm_jax.training.optimizer import OptimizerConfig, make_optimizer
 from ldm_jax.training.state import State, abstract_state, init_state
-from ldm_jax.training.step import make_step
+from ldm_jax.training.step import jit_step, make_step
 
 __all__ = [
     "Every",
@@ -22,6 +22,7 @@ __all__ = [
     "abstract_state",
     "fit",
     "init_state",
+    "jit_step",
     "make_optimizer",
     "make_step",
     "prefetch",

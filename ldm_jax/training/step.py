@@ -8,8 +8,10 @@ import jax
 import jax.numpy as jnp
 import optax
 from einops import rearrange
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, UInt32
 
+from ldm_jax.parallel import jit
 from ldm_jax.training.state import State
 from ldm_jax.types import Batch, Keys, Params
 
@@ -75,6 +77,16 @@ def make_step(
         return State(state.step + 1, examples, params, average, opt_state), scalars
 
     return step
+
+
+def jit_step(step: Step, state: State, mesh: Mesh) -> Step:
+    """Compiles `step` once for a run: the new state lies where `state` does, and takes its memory.
+
+    `state` may be abstract. Without its shardings the compiler may place the new state otherwise, and then the second
+    step is compiled again.
+    """
+    placed = jax.tree.map(lambda leaf: leaf.sharding, state)
+    return jit(step, mesh, donate_argnums=0, out_shardings=(placed, None))
 
 
 def ema_rate(

@@ -268,6 +268,32 @@ def test_impossible_guidance_is_refused(options, words):
         denoiser(apply, 0.7, COND, prediction=velocity, guidance=2.0, **options)
 
 
+@pytest.mark.parametrize("rows", [1, 8])
+@pytest.mark.parametrize("scale", [0.0, 1.0, 7.5, np.full(8, 7.5, np.float32)], ids=str)
+def test_guidance_of_a_context_of_one_branch_is_refused(rows, scale):
+    with pytest.raises(ValueError, match=r"a ndarray; guidance needs both: give it join\("):
+        denoiser(apply, 0.7, COND[:rows], prediction=velocity, guidance=scale)
+
+
+def test_a_context_of_both_branches_without_guidance_is_refused():
+    with pytest.raises(ValueError, match="made for both branches, and no guidance; give it a"):
+        denoiser(apply, 0.7, join(COND, UNCOND), prediction=velocity)
+
+
+@pytest.mark.parametrize("interval", [(0.0, 1.0), (0.3, 0.7)])
+@pytest.mark.parametrize("rows", [1, 4])
+def test_a_joined_context_of_another_number_of_examples_is_refused(rows, interval):
+    """Which a network whose context is broadcast would take without a word."""
+    broadcast = lambda params, x, told, context: x * context.mean()  # noqa: E731
+    joined = join(COND[:rows], UNCOND)
+    options = {"prediction": velocity, "guidance": 3.0, "interval": interval}
+    denoise = denoiser(broadcast, 0.7, joined, **options)
+    with pytest.raises(
+        ValueError, match=rf"x holds 8 examples, and join\(...\) made .* of {rows};"
+    ):
+        sample(denoise, X, FLOW, KEYS, DDIM())
+
+
 def test_an_interval_on_a_traced_grid_is_refused():
     traced = Point(*(row.astype(np.float32) for row in FLOW))
     with pytest.raises(ValueError, match="needs a grid of NumPy arrays, not a traced one"):
@@ -295,7 +321,7 @@ def test_conditions_are_joined_field_by_field():
     tokens = np.ones((3, 5, 2), np.float32)
     cond = Cond(tokens, mask=np.ones((3, 5), bool))
     uncond = Cond(tokens[:1] * 0, mask=np.zeros((1, 5), bool))
-    joined = join(cond, uncond)
+    joined = join(cond, uncond).rows
     np.testing.assert_array_equal(joined.tokens[:, 0, 0], [1, 0, 1, 0, 1, 0])
     np.testing.assert_array_equal(joined.mask[:, 0], [True, False] * 3)
     assert joined.pooled is None

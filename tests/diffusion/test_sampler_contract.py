@@ -26,6 +26,7 @@ from ldm_jax.diffusion import (
     denoiser,
     evaluations,
     grid,
+    join,
     sample,
     velocity,
 )
@@ -266,7 +267,7 @@ def test_progress_is_told_once_a_step_whatever_the_devices(devices, interval, no
     denoise = denoiser(
         network,
         None,
-        np.zeros((16, 1), np.float32),
+        join(*np.zeros((2, 8, 1), np.float32)),
         prediction=velocity,
         guidance=2.0,
         interval=interval,

@@ -12,6 +12,7 @@ from ldm_jax.diffusion import (
     denoiser,
     grid,
     initial_noise,
+    join,
     sample,
     velocity,
 )
@@ -78,8 +79,8 @@ def test_guidance_away_from_the_prompt_itself_is_none():
 @pytest.mark.parametrize("options", [{"rescale": 0.7}, {"interval": (0.3, 0.8)}])
 def test_guidance_is_tempered_as_the_denoiser_does(options):
     negative = np.full((1, 2), 3, np.int32)
-    pairs = np.stack([TOKENS, np.repeat(negative, COUNT, axis=0)], axis=1).reshape(-1, 2)
-    denoise = denoiser(apply, 0.5, encode({}, pairs), prediction=velocity, guidance=4.0, **options)
+    pairs = join(encode({}, TOKENS), encode({}, np.repeat(negative, COUNT, axis=0)))
+    denoise = denoiser(apply, 0.5, pairs, prediction=velocity, guidance=4.0, **options)
     latents = jax.jit(lambda noise: sample(denoise, noise, GRID, KEYS, DDIM()))(
         initial_noise(KEYS, SHAPE)
     )

@@ -9,7 +9,6 @@ from ldm_jax.nn import layers
 from ldm_jax.nn.layers import (
     MLP,
     Downsample,
-    GroupNorm,
     PixelAttention,
     ResBlock,
     Upsample,
@@ -28,48 +27,6 @@ def drawn(make):
     return nnx.merge(
         graph, jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape), "f"), state)
     )
-
-
-def group_norm_f64(x, num_groups, scale, bias, epsilon):
-    B, H, W, C = x.shape
-    groups = x.astype(np.float64).reshape(B, H * W, num_groups, C // num_groups)
-    mean, variance = groups.mean((1, 3), keepdims=True), groups.var((1, 3), keepdims=True)
-    return ((groups - mean) / np.sqrt(variance + epsilon)).reshape(x.shape) * scale + bias
-
-
-def test_group_norm_is_the_formula():
-    norm = drawn(lambda _: GroupNorm(6, 3, 1e-5, dtype="float32"))
-    x = RNG.normal(2.0, 3.0, size=(2, 4, 5, 6)).astype("f")
-    expected = group_norm_f64(x, 3, np.asarray(norm.scale), np.asarray(norm.bias), 1e-5)
-    np.testing.assert_allclose(norm(x), expected, atol=1e-5)
-
-
-def test_group_norm_of_a_constant_is_its_bias():
-    norm = drawn(lambda _: GroupNorm(4, 2, 1e-6, dtype="float32"))
-    x = np.full((1, 3, 3, 4), 1e3, "f")
-    np.testing.assert_allclose(norm(x), np.broadcast_to(norm.bias, x.shape), atol=1e-2)
-
-
-def test_group_norm_undoes_affine_maps_of_whole_groups():
-    norm = drawn(lambda _: GroupNorm(4, 2, 1e-12, dtype="float32"))
-    x = RNG.normal(size=(2, 4, 4, 4)).astype("f")
-    slope, shift = np.array([3.0, 3.0, 0.5, 0.5], "f"), np.array([1.0, 1.0, -2.0, -2.0], "f")
-    moved = x * slope[None, None, None] + shift[None, None, None]
-    np.testing.assert_allclose(norm(moved), norm(x), atol=1e-5)
-
-
-def test_group_norm_keeps_its_statistics_in_float32():
-    """1024 numbers near 8: a sum in bfloat16 would stop growing at 2048."""
-    x = RNG.normal(8.0, 1.0, size=(1, 32, 32, 2))
-    given = GroupNorm(2, 1, 1e-5, dtype="bfloat16")(jnp.asarray(x, jnp.bfloat16))
-    assert given.dtype == jnp.bfloat16
-    expected = group_norm_f64(np.asarray(jnp.asarray(x, jnp.bfloat16), "f"), 1, 1.0, 0.0, 1e-5)
-    assert np.max(np.abs(np.asarray(given, "f") - expected)) < 0.02
-
-
-def test_group_norm_refuses_groups_that_do_not_divide():
-    with pytest.raises(ValueError, match="6 channels do not divide into 4 groups"):
-        GroupNorm(6, 4, 1e-5, dtype="float32")
 
 
 def test_gelu_is_the_input_times_the_normal_distributions_function():

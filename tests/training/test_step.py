@@ -8,7 +8,7 @@ import pytest
 import toy
 
 from ldm_jax.parallel import MeshConfig, make_mesh, put_batch
-from ldm_jax.training import State, abstract_state, init_state, make_step
+from ldm_jax.training import abstract_state, init_state, jit_step, make_step
 from ldm_jax.training.step import EMA_SHARE, ema_rate
 
 KEY = jax.random.key(1)
@@ -195,8 +195,11 @@ def test_frozen_parameters_are_no_constants_of_the_program():
     assert all(np.size(const) <= 1 for const in jaxpr.consts)
 
 
-def test_a_step_with_pinned_shardings_compiles_once(tmp_path):
-    run = toy.Run(tmp_path, make_mesh(MeshConfig(data=2, fsdp=2, tensor=2)))
-    state = run.go(until=32, hooks=[])
-    assert isinstance(state, State)
-    assert run.jitted._cache_size() == 1
+@pytest.mark.parametrize("config", MESHES)
+def test_jit_step_compiles_once_in_a_loop_of_ones_own(config):
+    mesh, tx = make_mesh(config), toy.optimizer()
+    state = init_state(toy.init, tx, KEY, toy.place(mesh))
+    step = jit_step(make_step(toy.loss, tx, KEY, ema=100), state, mesh)
+    for i in range(3):
+        state, _ = step(state, toy.frozen(), put_batch(toy.batch(8 * i), mesh))
+    assert step.__wrapped__._cache_size() == 1

@@ -17,6 +17,7 @@ from ldm_jax.training import (
     abstract_state,
     fit,
     init_state,
+    jit_step,
     make_optimizer,
     make_step,
     prefetch,
@@ -86,8 +87,7 @@ class Run:
         self.abstract = abstract_state(self.init, self.tx, place(self.mesh))
         self.checkpoints, self.period = Checkpoints(Path(directory) / "checkpoints", keep), period
         step = make_step(loss, self.tx, jax.random.key(1), ema=100)
-        placed = jax.tree.map(lambda leaf: leaf.sharding, self.abstract)
-        self.jitted = jax.jit(step, donate_argnums=0, out_shardings=(placed, None))
+        self.jitted = jit_step(step, self.abstract, self.mesh)
 
     def state(self):
         if self.checkpoints.latest() is not None:
