@@ -403,6 +403,15 @@ def test_a_pipeline_that_diffusers_wrote_gives_the_images_that_diffusers_gives(t
     theirs = drawn_by_diffusers(directory, config, noise)
     assert np.std(ours) > 5
     assert np.abs(ours - theirs).max() <= 2
+    words = [f"--from={directory}", f"--prompt={PROMPT}", f"--output={tmp_path / 'drawn'}"]
+    words += [f"--config.sampling.steps={run.config.sampling.steps}"]
+    words += [f"--config.sampling.guidance={run.config.sampling.guidance}"]
+    options = {"add_flags": sample.add_flags, "config_of": sample.config_of}
+    sample.main(parse(words, RunConfig, **options))
+    with Image.open(tmp_path / "drawn" / "00000-00.png") as image:
+        assert np.abs(np.asarray(image).astype(int) - theirs).max() <= 2
+    with pytest.raises(UsageError, match="--workdir=DIRECTORY is missing"):
+        parse(words[1:2], RunConfig, **options)
     with pytest.raises(
         ValueError, match=r"prediction is v, and .* predict eps: give --config.pred"
     ):

@@ -190,7 +190,7 @@ def copied(params: Params) -> Params:
 
 
 def pipeline_config(directory: epath.PathLike, base: RunConfig) -> RunConfig:
-    """Returns `base` for a pipeline's directory: its networks, its schedule and prediction, and its size of images.
+    """Returns `base` for a pipeline: its networks, schedule, prediction and size of images.
 
     Raises FileNotFoundError, ValueError: as `read_backbone`; or the scheduler is of another kind.
     """

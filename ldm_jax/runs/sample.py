@@ -78,7 +78,9 @@ def draw(
         return generate(params, frozen, rows["tokens"], negative, keys, scale)
 
     rows = {"tokens": tokens, "number": number, "seed": seed}
-    size, images, guidance = sampling.batch, [], np.float32(sampling.guidance)
+    ways = run.mesh.shape["data"] * run.mesh.shape["fsdp"]
+    size = min(sampling.batch, -(-len(tokens) // ways) * ways)  # of few images no more than needed
+    images, guidance = [], np.float32(sampling.guidance)
     for first in tqdm(range(0, len(tokens), size), unit=" batches", disable=len(tokens) <= size):
         taken = np.minimum(np.arange(first, first + size), len(tokens) - 1)
         part = put_same({name: x[taken] for name, x in rows.items()}, run.mesh)

@@ -42,6 +42,7 @@ USER_ERRORS = (ValueError, OSError, FloatingPointError)
 
 Value = TypeVar("Value")
 AddFlags = Callable[[argparse.ArgumentParser], None]
+ConfigOf = Callable[[argparse.Namespace], Any]
 
 
 class UsageError(ValueError):
@@ -55,6 +56,7 @@ def run_command(
     description: str,
     add_flags: AddFlags | None = None,
     in_workdir: bool = True,
+    config_of: ConfigOf | None = None,
 ) -> NoReturn:
     """Parses the command line, runs `main(flags)` and ends the process with its exit code.
 
@@ -66,6 +68,7 @@ def run_command(
     logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
     logging.getLogger("jax").setLevel(logging.WARNING)  # or it lists the platforms it does not find
     options = {"description": description, "add_flags": add_flags, "in_workdir": in_workdir}
+    options["config_of"] = config_of
     try:
         with _bucket_errors():
             flags = parse(sys.argv[1:], cls, **options)
@@ -103,14 +106,18 @@ def parse(
     description: str = "",
     add_flags: AddFlags | None = None,
     in_workdir: bool = True,
+    config_of: ConfigOf | None = None,
 ) -> argparse.Namespace:
     """The flags; `config` is an instance of `cls`, `workdir` a path. `--help` prints and exits.
+
+    `config_of(flags)` gives the config where other flags of the command name it, or else None; the working directory is
+    then not required.
 
     Raises:
       UsageError: in one sentence, what was given, and what is allowed.
     """
     overrides, rest = _split(argv)
-    parser = _parser(description, cls, add_flags, in_workdir)
+    parser = _parser(description, cls, add_flags, in_workdir, required=config_of is None)
     if "--help" in rest or "-h" in rest:
         print(_help(parser, rest, cls), flush=True)
         sys.exit(0)
@@ -121,7 +128,8 @@ def parse(
             f"there is no {first} here; --help lists what can be given{same_name(first, cls)}"
         )
     if cls is not None:
-        flags.config = _config(flags, overrides, cls)
+        given = config_of(flags) if config_of and flags.config is None else None
+        flags.config = _config(flags, overrides, cls, given)
     return flags
 
 
@@ -194,7 +202,12 @@ def _split(argv: Sequence[str]) -> tuple[list[tuple[str, str]], list[str]]:
 
 
 def _parser(
-    description: str, cls: type | None, add_flags: AddFlags | None, in_workdir: bool
+    description: str,
+    cls: type | None,
+    add_flags: AddFlags | None,
+    in_workdir: bool,
+    *,
+    required: bool,
 ) -> _Parser:
     parser = _Parser(
         prog=f"python -m {_program()}" if _specification() else _program(),
@@ -211,7 +224,7 @@ def _parser(
     if in_workdir:
         text = "directory of the run, on a disk or gs://BUCKET/DIRECTORY"
         kind = {"type": any_path, "metavar": "DIRECTORY"}
-        parser.add_argument("--workdir", required=True, **kind, help=text)
+        parser.add_argument("--workdir", required=required, **kind, help=text)
     if add_flags is not None:
         add_flags(parser)
     text = "show the stack of an error too"
@@ -220,11 +233,17 @@ def _parser(
     return parser
 
 
-def _config(flags: argparse.Namespace, overrides: list[tuple[str, str]], cls: type) -> Any:
-    if flags.config is not None:
+def _config(
+    flags: argparse.Namespace, overrides: list[tuple[str, str]], cls: type, given: Any = None
+) -> Any:
+    if given is not None:
+        config = schema.to_config_dict(given)
+    elif flags.config is not None:
         config = _complete(load_config(flags.config), schema.to_config_dict(cls()))
     elif not hasattr(flags, "workdir"):
         return None  # the command says whether it wants one
+    elif flags.workdir is None:
+        raise UsageError("--workdir=DIRECTORY is missing; --help lists what can be given")
     elif (stored := flags.workdir / CONFIG_FILE).is_file():
         config = schema.to_config_dict(_stored(stored, cls))
     else:
