@@ -21,7 +21,8 @@ from ldm_jax.evals.journal import Journal
 from ldm_jax.files.durable import alone_in, write_atomically
 from ldm_jax.files.ledger import append_record, read_records
 from ldm_jax.files.lines import append_line
-from ldm_jax.runs import build
+from ldm_jax.runs import run
+from ldm_jax.runs import train as training
 from ldm_jax.runs.config import CHECKPOINTS, RunConfig, claim
 from ldm_jax.runs.sample import write
 from ldm_jax.settings.command_line import UsageError, parse
@@ -231,9 +232,8 @@ def test_a_run_trains_continues_and_is_evaluated_sampled_and_reported(
         epath.Path(directory).mkdir(exist_ok=True)
         return Checkpoints(tmp_path / CHECKPOINTS, **options)
 
-    for module in (build, train):
-        monkeypatch.setattr(module, "Checkpoints", checkpoints)
-    monkeypatch.setattr(train, "tensorboard", lambda _: tensorboard(tmp_path / "board"))
+    monkeypatch.setattr(run, "Checkpoints", checkpoints)
+    monkeypatch.setattr(training, "tensorboard", lambda _: tensorboard(tmp_path / "board"))
     short = dataclasses.replace(tiny.TINY.train, examples=32)
     config = dataclasses.replace(tiny.TINY, train=short)
     latents = f"--config.data.records={tmp_path / 'latents'}"

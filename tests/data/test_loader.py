@@ -211,7 +211,7 @@ def test_a_fixed_batch_is_records_by_their_place_with_their_main_captions(direct
     assert batch.cond[:, 0].tolist() == [0, 7, 22]
     assert batch.index.tolist() == [0, 7, 22]
     embedded = fixed_batch(directory, range(5), tokenizer=None)
-    np.testing.assert_array_equal(embedded.text.tokens[:, 0, 0], range(5))
+    np.testing.assert_array_equal(embedded.cond.tokens[:, 0, 0], range(5))
 
 
 def test_wrong_requests_are_refused(directory, tmp_path):

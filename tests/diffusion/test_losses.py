@@ -161,7 +161,7 @@ def test_text_is_encoded_with_the_frozen_and_prepared_with_the_trained_parameter
 
     loss = make_loss(apply, prepare, encode, schedule=RectifiedFlow(), prediction=velocity)
     batch, keys = batch_of(normal_data, 4)
-    batch = batch._replace(text=np.array([[0, 1], [1, 1], [2, 0], [2, 2]], np.int32))
+    batch = batch._replace(cond=np.array([[0, 1], [1, 1], [2, 0], [2, 2]], np.int32))
     frozen, losses = {"table": jnp.array([0.0, 1.0, 10.0])}, {}
     for scale in (-1.0, 0.0, 1.0):
         losses[scale] = jax.jit(loss)({"scale": scale}, None, frozen, batch, keys)
