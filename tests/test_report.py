@@ -244,7 +244,7 @@ def test_directories_without_a_run_are_refused(tmp_path):
 
 def test_file_that_is_no_json_is_named(workdir):
     (workdir / "prompts.json").write_text("[")
-    with pytest.raises(ValueError, match=r"prompts\.json is no JSON"):
+    with pytest.raises(ValueError, match=r"prompts\.json is damaged"):
         read_run(workdir)
 
 

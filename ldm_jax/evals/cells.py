@@ -15,6 +15,7 @@ from etils import epath
 
 from ldm_jax.evals.features import Features, count_of, joined, read_features, write_features
 from ldm_jax.files.durable import write_atomically
+from ldm_jax.files.typed_json import write_json
 
 DIRECTORY = "evaluated"  # of a run
 FACTS, FEATURES = "facts.json", "features.npz"
@@ -24,7 +25,7 @@ class Cell:
     """One evaluation in a run's directory; `name` is what it is called there."""
 
     def __init__(self, workdir: epath.PathLike, label: str, facts: Mapping[str, Any]) -> None:
-        text = json.dumps(facts, indent=1, sort_keys=True)
+        text = write_json(facts, indent=1, sort_keys=True)
         self.facts = json.loads(text)
         self.name = f"{label}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
         self.path = epath.Path(workdir) / DIRECTORY / self.name

@@ -6,17 +6,36 @@ evaluations.jsonl     one line an evaluation; after a resume the last line of a 
 samples/*.png         the first images of each, side by side
 """
 
-import json
 from collections.abc import Mapping
+from typing import Any, NotRequired, TypedDict
 
 from etils import epath
 
 from ldm_jax.evals.image_grids import save_grid
 from ldm_jax.evals.prompts import Prompts
+from ldm_jax.files.durable import write_atomically
 from ldm_jax.files.lines import append_line, read_lines
+from ldm_jax.files.typed_json import write_json
 from ldm_jax.types import Estimate, Pixels
 
 COLUMNS = 8  # of a picture of samples
+
+
+class EvaluationLine(TypedDict):
+    """A line of evaluations.jsonl."""
+
+    examples: int
+    weights: NotRequired[str]
+    scores: NotRequired[dict[str, Estimate]]
+    validation: NotRequired[dict[str, float]]
+    samples: NotRequired[str]
+
+
+class Prompt(TypedDict):
+    """A row of prompts.json."""
+
+    prompt: str
+    group: NotRequired[str]
 
 
 class Journal:
@@ -31,7 +50,7 @@ class Journal:
 
     def has(self, examples: int) -> bool:
         """Whether an evaluation after so many examples is written down."""
-        lines = read_lines(self._directory / "evaluations.jsonl")
+        lines = read_lines(self._directory / "evaluations.jsonl", EvaluationLine)
         return any(line["examples"] == examples for line in lines)
 
     def prompts(self, prompts: Prompts) -> None:
@@ -40,11 +59,14 @@ class Journal:
             {"prompt": text, "group": group}
             for text, group in zip(prompts.texts, prompts.groups, strict=True)
         ]
-        (self._directory / "prompts.json").write_text(json.dumps(rows, indent=1))
+        self._write("prompts.json", rows)
 
     def references(self, scores: Mapping[str, Mapping[str, Estimate]]) -> None:
         """Writes down the scores of what a model is measured against."""
-        (self._directory / "references.json").write_text(json.dumps(scores, indent=1))
+        self._write("references.json", scores)
+
+    def _write(self, name: str, content: Any) -> None:
+        write_atomically(self._directory / name, write_json(content, indent=1).encode())
 
     def add(
         self,

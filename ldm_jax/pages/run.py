@@ -29,11 +29,14 @@ from etils import epath
 from matplotlib.axes import Axes
 from PIL import Image
 
+from ldm_jax.evals.journal import EvaluationLine, Prompt
 from ldm_jax.files.flat import flat
 from ldm_jax.files.ledger import read_records
 from ldm_jax.files.lines import read_lines
+from ldm_jax.files.typed_json import read_json
 from ldm_jax.pages import elements, plots
 from ldm_jax.pages.elements import COLUMNS, MAX_TILE
+from ldm_jax.training.hooks import MetricsLine
 from ldm_jax.training.record import RunRecord
 from ldm_jax.types import Estimate
 
@@ -52,7 +55,7 @@ class Run:
     metrics: list[Line]
     evaluations: list[Line]
     prompts: list[Line]
-    references: Mapping[str, Mapping[str, list[int | float]]]
+    references: Mapping[str, Mapping[str, Estimate]]
     record: RunRecord | None
 
 
@@ -70,11 +73,11 @@ def read_run(workdir: epath.PathLike) -> Run:
         raise ValueError(f"{workdir} holds no run: it has none of {', '.join(PARTS)}")
     return Run(
         workdir,
-        config=_read_json(workdir / "config.json", {}),
-        metrics=_read_lines(workdir / "metrics.jsonl"),
-        evaluations=_read_lines(workdir / "evaluations.jsonl"),
-        prompts=_read_json(workdir / "prompts.json", []),
-        references=_read_json(workdir / "references.json", {}),
+        config=_read_json(workdir / "config.json", dict, {}),
+        metrics=_read_lines(workdir / "metrics.jsonl", MetricsLine),
+        evaluations=_read_lines(workdir / "evaluations.jsonl", EvaluationLine),
+        prompts=_read_json(workdir / "prompts.json", list[Prompt], []),
+        references=_read_json(workdir / "references.json", dict[str, dict[str, Estimate]], {}),
         record=_last_record(workdir / "record.jsonl"),
     )
 
@@ -95,19 +98,14 @@ def page(run: Run) -> str:
     )
 
 
-def _read_json(path: epath.Path, absent: Any) -> Any:
-    if not path.is_file():
-        return absent
-    try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is no JSON: {error}") from error
+def _read_json(path: epath.Path, kind: Any, absent: Any) -> Any:
+    return read_json(path, kind) if path.is_file() else absent
 
 
-def _read_lines(path: epath.Path) -> list[Line]:
+def _read_lines(path: epath.Path, kind: type) -> list[Line]:
     """The lines by examples, those of one count merged into one; none that is unfinished."""
     lines: dict[int, Line] = {}
-    for line in read_lines(path):
+    for line in read_lines(path, kind):
         lines[line["examples"]] = lines.get(line["examples"], {}) | line
     return [lines[examples] for examples in sorted(lines)]
 
@@ -201,7 +199,10 @@ def _scores(run: Run) -> str:
         return elements.missing("This run has not been evaluated.")
     names = list(dict.fromkeys(name for line in scored for name in line["scores"]))
     columns = {"this run": scored[-1]["scores"], **run.references}
-    rows = [[name, *(_estimate(scores.get(name)) for scores in columns.values())] for name in names]
+    rows = [
+        [name, *(elements.estimate(scores.get(name)) for scores in columns.values())]
+        for name in names
+    ]
     note = (
         "" if run.references else elements.missing("No references.json to hold the scores against.")
     )
@@ -219,14 +220,14 @@ def _paint_score(run: Run, scored: list[Line], base: str, axes: Axes) -> None:
     for name, color in zip([base, *groups], (plots.BLUE, plots.GREEN, plots.ORANGE), strict=False):
         lines = [line for line in scored if name in line["scores"]]
         x = [line["examples"] for line in lines]
-        estimates = [Estimate(*line["scores"][name]) for line in lines]
+        estimates = [line["scores"][name] for line in lines]
         band = [e.low for e in estimates], [e.high for e in estimates]
         label = name.partition("/")[2] or "all"
         y = [e.value for e in estimates]
         plots.curve(axes, x, y, color=color, label=label, band=band if name == base else None)
     for label, scores in run.references.items():
         if base in scores:
-            plots.level(axes, scores[base][0], label)
+            plots.level(axes, scores[base].value, label)
     if groups:
         axes.legend()
     plots.examples_axis(axes)
@@ -315,10 +316,6 @@ def _config(run: Run) -> str:
     lines = (f"{name} = {json.dumps(value)}" for name, value in flat(run.config))
     text = html.escape("\n".join(lines))
     return f"<details><summary>All settings</summary><pre>{text}</pre></details>"
-
-
-def _estimate(row: list[int | float] | None) -> str:
-    return elements.estimate(None if row is None else Estimate(*row))
 
 
 def _short(count: int) -> str:

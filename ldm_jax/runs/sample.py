@@ -1,19 +1,23 @@
 """Images drawn from a trained model, written to a directory."""
 
 import contextlib
-import fnmatch
 import functools
-import json
+import re
 from collections.abc import Iterator, Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from etils import epath
+from jaxtyping import Array, Bool
 from tqdm import tqdm
 
 from ldm_jax.diffusion import Progress
+from ldm_jax.evals.evaluator import refuse_nan
 from ldm_jax.evals.generation import Generate
 from ldm_jax.evals.image_grids import save_grid, save_png
+from ldm_jax.files.typed_json import write_json
+from ldm_jax.metrics.resize import rounded
 from ldm_jax.models.text import warn_of_truncation
 from ldm_jax.parallel import jit, put_same, replicated
 from ldm_jax.runs.run import Run
@@ -33,7 +37,7 @@ def sample(
     `progress` shows every step of a batch.
 
     Raises:
-      ValueError: there is no prompt, or `seeds` is less than 1.
+      ValueError: there is no prompt, `seeds` is less than 1, or an image is NaN.
       FileNotFoundError: the run has no checkpoint.
     """
     if not prompts:
@@ -43,7 +47,7 @@ def sample(
     _, params = run.weights()
     warn_of_truncation([*prompts, run.config.sampling.negative], run.frozen.text)
     with steps_shown(run, len(prompts) * seeds, progress) as shown:
-        images = draw(run, run.generate(progress=shown), params, prompts, seeds)
+        images = draw(run, run.generate(progress=shown, finish=rounded), params, prompts, seeds)
     write(directory, images, prompts, seeds)
     return len(images)
 
@@ -63,7 +67,13 @@ def steps_shown(run: Run, images: int, wanted: bool) -> Iterator[Progress | None
 def draw(
     run: Run, generate: Generate, params: Params, prompts: Sequence[str], seeds: int
 ) -> Pixels:
-    """Draws images, uint8 [prompts x seeds, rows, columns, 3], the seeds of a prompt side by side."""
+    """Draws images, uint8 [prompts x seeds, rows, columns, 3], the seeds of a prompt side by side.
+
+    `generate` ends in `rounded`, as NaN is no uint8.
+
+    Raises:
+      ValueError: an image is NaN; it is named by its prompt and seed.
+    """
     sampling, text = run.config.sampling, run.frozen.text
     tokens = np.repeat(text(prompts), seeds, axis=0)
     negative, key = text([sampling.negative]), run.key("sample")
@@ -72,17 +82,21 @@ def draw(
     @functools.partial(jit, mesh=run.mesh, out_shardings=replicated(run.mesh))
     def program(
         params: Params, frozen: Params, rows: dict[str, jax.Array], scale: jax.Array
-    ) -> Pixels:
+    ) -> tuple[Pixels, Bool[Array, " batch"]]:
         fold = jax.vmap(lambda n, s: jax.random.fold_in(jax.random.fold_in(key, n), s))
         keys = fold(rows["number"], rows["seed"])
-        return generate(params, frozen, rows["tokens"], negative, keys, scale)
+        pixels = generate(params, frozen, rows["tokens"], negative, keys, scale)
+        return pixels.astype(jnp.uint8), jnp.isnan(pixels).any((1, 2, 3))
 
     rows = {"tokens": tokens, "number": number, "seed": seed}
     size, images, guidance = sampling.batch, [], np.float32(sampling.guidance)
     for first in tqdm(range(0, len(tokens), size), unit=" batches", disable=len(tokens) <= size):
         taken = np.minimum(np.arange(first, first + size), len(tokens) - 1)
         part = put_same({name: x[taken] for name, x in rows.items()}, run.mesh)
-        images.append(jax.device_get(program(params, run.frozen.params, part, guidance)))
+        pixels, broken = jax.device_get(program(params, run.frozen.params, part, guidance))
+        numbers = number[taken].tolist()
+        refuse_nan(broken, numbers, [prompts[n] for n in numbers], seed[taken].tolist())
+        images.append(pixels)
     return np.concatenate(images)[: len(tokens)]
 
 
@@ -95,11 +109,11 @@ def write(directory: epath.PathLike, images: Pixels, prompts: Sequence[str], see
     directory.mkdir(parents=True, exist_ok=True)
     if (directory / "images.json").exists():
         for old in list(directory.iterdir()):
-            if fnmatch.fnmatch(old.name, f"{'[0-9]' * 5}-[0-9][0-9].png"):
+            if re.fullmatch(r"\d{5,}-\d{2,}\.png", old.name):
                 old.unlink()
     for number, pixels in enumerate(images):
         prompt, seed = divmod(number, seeds)
         save_png(directory / f"{prompt:05d}-{seed:02d}.png", pixels)
     columns = seeds if seeds > 1 else int(np.ceil(np.sqrt(len(images))))
     save_grid(directory / "grid.png", images, columns)
-    (directory / "images.json").write_text(json.dumps(list(prompts), indent=1))
+    (directory / "images.json").write_text(write_json(prompts, indent=1))
