@@ -7,7 +7,7 @@ import base64
 import html
 import io
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from string import Template
 from typing import Any
@@ -19,6 +19,7 @@ from jaxtyping import UInt8
 from matplotlib.axes import Axes
 from PIL import Image
 
+from ldm_jax.evals.networks import NEED_OTHERS, embedded_on_foreign
 from ldm_jax.pages import plots
 from ldm_jax.types import Estimate
 
@@ -68,6 +69,12 @@ def interval(score: Estimate) -> str:
 def missing(sentence: str) -> str:
     """A sentence in the place of what is not there."""
     return f'<p class="missing">{html.escape(sentence)}</p>'
+
+
+def foreign(config: Mapping[str, Any]) -> str:
+    """A sentence where embedded networks score images that they do not know; nothing elsewhere."""
+    networks = embedded_on_foreign(config)
+    return missing(NEED_OTHERS % ", ".join(networks)) if networks else ""
 
 
 def number(value: int | float) -> str:

@@ -9,6 +9,7 @@ What it reads in the run's directory, each part where it is there:
     samples/*.png      the first images of an evaluation as `evals.image_grids` lays them; true.png: the truth
     prompts.json       their prompts: [{"prompt": "...", "group": "held out"}, ...]
     references.json    scores to hold the run's against: {"untrained": {name: [...]}, ...}
+    reconstructions.png  images of the data beside what the autoencoder gives back
     record.jsonl       the `RunRecord` of the finished run
 
 A run that was killed and continued repeats lines: for one count of examples, the last value counts.
@@ -16,6 +17,7 @@ A run that was killed and continued repeats lines: for one count of examples, th
 
 import dataclasses
 import html
+import io
 import json
 from collections.abc import Mapping
 from functools import partial
@@ -43,6 +45,7 @@ from ldm_jax.types import Estimate
 Line = dict[str, Any]
 
 PARTS = ("config.json", "metrics.jsonl", "evaluations.jsonl", "prompts.json", "references.json")
+RECONSTRUCTIONS = "reconstructions.png"
 MAX_SHEETS = 12  # grids on the page, evenly over the run
 
 
@@ -91,6 +94,7 @@ def page(run: Run) -> str:
         summary=html.escape(_summary(run)),
         styles=styles,
         samples=samples,
+        reconstructions=_reconstructions(run),
         scores=_scores(run),
         losses=_losses(run),
         costs=_costs(run),
@@ -193,6 +197,17 @@ def _tile(index: int, rows: int, prompt: str) -> str:
     )
 
 
+def _reconstructions(run: Run) -> str:
+    """The picture that encoding left: the best that any model of these latents can draw."""
+    path = run.workdir / RECONSTRUCTIONS
+    if not path.is_file():
+        return elements.missing(f"No {RECONSTRUCTIONS}: this run has encoded nothing here.")
+    with Image.open(io.BytesIO(path.read_bytes())) as image:
+        address = elements.data_address(image.convert("RGB"))
+    text = "Images of the data, each beside what the autoencoder gives back of it"
+    return f'<p class="soft">{text}: no sample can be better.</p><img alt="{text}" src="{address}">'
+
+
 def _scores(run: Run) -> str:
     scored = [line for line in run.evaluations if line.get("scores")]
     if not scored:
@@ -210,6 +225,7 @@ def _scores(run: Run) -> str:
     charts = "".join(
         elements.chart(base, partial(_paint_score, run, scored, base)) for base in bases
     )
+    note += elements.foreign(run.config)
     return elements.table(["", *columns], rows) + note + f'<div class="charts">{charts}</div>'
 
 

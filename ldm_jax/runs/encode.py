@@ -21,7 +21,7 @@ from ldm_jax.runs.run import Run
 from ldm_jax.types import Cond, Images, Latent
 
 RECONSTRUCTIONS = "reconstructions.png"  # in a run's directory
-SHOWN = 8  # images in it
+SHOWN = 8  # images in it, each beside its reconstruction
 # dB of the mean PSNR below which one is warned. The embedded autoencoder gives scenes back at 36 dB, photographs at
 # 13 and noise at 8; that of Stable Diffusion gives photographs back at 25 to 30.
 FAITHFUL = 20.0
@@ -73,9 +73,8 @@ def reconstruct(run: Run, source: Source) -> str:
     found = jax.device_get(decode(run.frozen.params, put_same(filled, run.mesh)))[: len(images)]
     decibels = np.minimum(psnr(np.clip(found, -1, 1), images), MOST_DECIBELS)
     text = f"{np.mean(decibels):.1f} dB"
-    save_grid(
-        path, np.asarray(to_pixels(np.stack([images, found], 1).reshape(-1, *found.shape[1:])))
-    )
+    pairs = np.stack([images, found], 1)[:SHOWN].reshape(-1, *found.shape[1:])
+    save_grid(path, np.asarray(to_pixels(pairs)))
     if np.mean(decibels) < FAITHFUL:
         logging.warning(
             "The autoencoder %r gives these images back at a PSNR of %s, below %g dB, and no sample can be better: look"
