@@ -71,14 +71,19 @@ class Cell:
 def read_cell(path: epath.PathLike) -> tuple[Features, dict[str, Any]]:
     """The features of a finished evaluation by its directory, and its facts.
 
-    Raises FileNotFoundError where there is none.
+    Raises FileNotFoundError where there is none, ValueError where the file does not say what it is of.
     """
     features = epath.Path(path) / FEATURES
     if not features.exists():
         raise FileNotFoundError(
             f"{path} is no finished evaluation: it has no {FEATURES}; such are in RUN/{DIRECTORY}"
         )
-    return read_features(features)
+    found, facts = read_features(features)
+    if not isinstance(facts, dict) or not {"prompts", "noise"} <= set(facts):
+        raise ValueError(
+            f"{features} says nothing of its evaluation, as those of RUN/{DIRECTORY} do"
+        )
+    return found, facts
 
 
 def check_comparable(ours: Mapping[str, Any], theirs: Mapping[str, Any], *more: str) -> None:

@@ -78,9 +78,10 @@ def foreign(config: Mapping[str, Any]) -> str:
 
 
 def number(value: int | float) -> str:
-    """A number in three digits, or whole: 0.831, 24.5, 1,234."""
+    """A number in three digits, or whole: 0.831, 24.5, 1,234; what is within rounding of zero is 0."""
     if math.isnan(value):
         return "not a number"
+    value = round(value, 12) + 0.0  # and no -0
     return f"{value:,.0f}" if 999.5 <= abs(value) < math.inf else f"{value:.3g}"
 
 

@@ -81,7 +81,7 @@ def reconstruct(run: Run, source: Source) -> str:
             " at %s, and give --config.pretrained=DIRECTORY with an autoencoder for such images.",
             *(run.config.pretrained, text, FAITHFUL, path),
         )
-    return f"{path}: {len(images)} images, each beside its reconstruction, at a PSNR of {text}"
+    return f"{path}: images beside their reconstructions, at a PSNR of {text} over the first {len(images)}"
 
 
 def make_image_encoder(run: Run) -> Callable[[Images], Latent]:
