@@ -42,13 +42,21 @@ class Pictures(TypedDict):
     values: NotRequired[list[float]]
 
 
+class PromptSet(TypedDict):
+    """The prompts of an evaluation."""
+
+    spec: NotRequired[str | None]
+    digest: NotRequired[str | None]
+    count: NotRequired[int | None]
+
+
 class ScoreLine(TypedDict):
     """A line of scores.jsonl, as far as it is read again."""
 
     cell: str
     model: NotRequired[dict[str, Any]]
     sampling: NotRequired[dict[str, Any]]
-    prompts: NotRequired[dict[str, Any]]
+    prompts: NotRequired[PromptSet]
     networks: NotRequired[dict[str, list[str]]]
     seeds: NotRequired[list[int] | None]
     over: NotRequired[list[str] | None]

@@ -79,7 +79,9 @@ def convert(value: Any, kind: Any, where: str = "") -> Any:
         return value
     if kind is float and value in NOT_FINITE:
         return float(value)
-    wanted = "dict" if dataclasses.is_dataclass(kind) else origin.__name__
+    wanted = (
+        "dict" if dataclasses.is_dataclass(kind) or typing.is_typeddict(kind) else origin.__name__
+    )
     raise ValueError(
         f"{where or 'its content'} is {str(value)[:60]!r}, and must be of type {wanted}"
     )
