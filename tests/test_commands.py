@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
@@ -19,7 +20,7 @@ from ldm_jax.runs.config import RunConfig
 from ldm_jax.runs.evaluate import Request, of_model
 from ldm_jax.runs.pretrained import pretrained_directory
 from ldm_jax.runs.run import Run
-from ldm_jax.runs.sample import write
+from ldm_jax.runs.sample import draw, write
 from ldm_jax.runs.train import make_evaluated
 from ldm_jax.settings.command_line import UsageError, parse
 from ldm_jax.training import TrainingError
@@ -388,6 +389,33 @@ def test_images_that_do_not_divide_over_the_levels_are_refused():
 def test_frozen_networks_lie_on_the_whole_mesh():
     run = Run(tiny.TINY)
     assert {leaf.sharding.mesh for leaf in jax.tree.leaves(run.frozen.params)} == {run.mesh}
+
+
+def test_flags_set_how_images_are_drawn_and_the_rest_stays_the_runs(run, tmp_path, monkeypatch):
+    given = []
+    draws = lambda run, *_, **__: given.append(run.config.sampling) or 0  # noqa: E731
+    monkeypatch.setattr("ldm_jax.sample.sample", draws)
+    words = ["--prompt=x", f"--output={tmp_path}"]
+    for more in ([], ["--steps=5", "--guidance=3", "--sampler=heun"]):
+        tiny.run(sample, run, *words, *more, add_flags=sample.add_flags)
+    assert given[0] == tiny.TINY.sampling
+    changes = {"steps": 5, "guidance": 3.0, "sampler": Heun()}
+    assert given[1] == dataclasses.replace(tiny.TINY.sampling, **changes)
+
+
+def test_an_image_that_is_nan_is_refused_with_its_prompt_and_seed(run, tmp_path):
+    def broken(params, frozen, tokens, negative, keys, scale):
+        return jnp.zeros((len(tokens), 8, 8, 3)).at[3].set(jnp.nan)
+
+    with pytest.raises(ValueError, match="the image of prompt 1, 'b', is NaN with seed 1; its"):
+        draw(Run(tiny.TINY), broken, {}, ["a", "b"], 2)
+
+
+@pytest.mark.parametrize("seeds", [100, 101, 1001])
+def test_images_of_an_earlier_call_go_however_many_there_were(tmp_path, seeds):
+    write(tmp_path, np.zeros((seeds, 1, 1, 3), np.uint8), ["x"], seeds=seeds)
+    write(tmp_path, np.zeros((1, 1, 1, 3), np.uint8), ["x"], seeds=1)
+    assert [path.name for path in tmp_path.glob("0*.png")] == ["00000-00.png"]
 
 
 def test_images_of_an_earlier_call_go_and_nobody_elses(tmp_path):

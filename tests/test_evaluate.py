@@ -13,13 +13,14 @@ from PIL import Image
 from ldm_jax import evaluate, reference
 from ldm_jax.data import open_source
 from ldm_jax.data.scenes import render
-from ldm_jax.diffusion import Cosine
+from ldm_jax.diffusion import DDIM, Cosine, EulerAncestral
 from ldm_jax.evals.cells import Cell
 from ldm_jax.evals.prompts import read_prompts
 from ldm_jax.evals.references import Reference
 from ldm_jax.parallel import MeshConfig
 from ldm_jax.runs import evaluate as evaluation
-from ldm_jax.runs.config import NetworkDirectories
+from ldm_jax.runs.config import NetworkDirectories, SamplingConfig
+from ldm_jax.runs.evaluate import samplings
 from ldm_jax.runs.pretrained import Network, Pretrained
 from ldm_jax.runs.run import Run
 from ldm_jax.runs.scoring import make_reference, make_scoring
@@ -233,6 +234,13 @@ def test_a_reference_that_changed_is_another_and_scores_are_made_anew(folder, co
     assert first["reference_digest"] != second["reference_digest"]
     assert first["scores"]["kid_clip"] != second["scores"]["kid_clip"]
     assert second["drawn"] == 0
+
+
+def test_the_runs_own_sampler_keeps_its_settings_and_no_other_has_them():
+    """EulerAncestral is a DDIM to Python."""
+    own = SamplingConfig(sampler=EulerAncestral(0.5))
+    found = [each.sampler for each in samplings(own, ["ddim", "euler_ancestral"], [])]
+    assert found == [DDIM(), EulerAncestral(0.5)]
 
 
 def test_images_of_another_size_are_named_and_nothing_is_written(folder, config, tmp_path):

@@ -1,5 +1,6 @@
 """The page of a run: whole, self-contained, and plain about what is missing."""
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -242,9 +243,43 @@ def test_directories_without_a_run_are_refused(tmp_path):
         read_run(tmp_path / "absent")
 
 
+@pytest.mark.parametrize("content", [b"5", b"{}", b"null", b"[7]", b"\xff"])
+@pytest.mark.parametrize(
+    "name",
+    ["metrics.jsonl", "evaluations.jsonl", "record.jsonl", "prompts.json", "references.json"],
+)
+def test_file_of_another_kind_is_a_sentence_with_its_name(workdir, name, content):
+    (workdir / name).write_bytes(content)
+    absent = name == "references.json" and content == b"{}"  # which is a file without references
+    said = contextlib.nullcontext() if absent else pytest.raises(ValueError, match=name)
+    with said:
+        read_run(workdir)
+
+
+@pytest.mark.parametrize("line", [{"scores": 5}, {"scores": {"a": [1, 2]}}, {"validation": [1]}])
+def test_an_evaluation_with_a_value_of_another_kind_is_named(workdir, line):
+    path = workdir / "evaluations.jsonl"
+    path.write_text(json.dumps({"examples": 1} | line))
+    with pytest.raises(ValueError, match=r"evaluations\.jsonl, line 1 is damaged"):
+        read_run(workdir)
+
+
+def test_embedded_scores_of_foreign_images_are_marked(workdir):
+    for source, marked in (("folder:/photos", True), ("scenes:simple", False)):
+        config = {"pretrained": "embedded", "data": {"source": source}}
+        (workdir / "config.json").write_text(json.dumps(config))
+        assert ("mean nothing for other images" in outline(workdir).text) == marked
+
+
+def test_reconstructions_are_shown_where_they_are(workdir):
+    assert "No reconstructions.png" in outline(workdir).text
+    save_grid(workdir / "reconstructions.png", np.zeros((4, 8, 8, 3), np.uint8))
+    assert "no sample can be better" in outline(workdir).text
+
+
 def test_file_that_is_no_json_is_named(workdir):
     (workdir / "prompts.json").write_text("[")
-    with pytest.raises(ValueError, match=r"prompts\.json is no JSON"):
+    with pytest.raises(ValueError, match=r"prompts\.json is damaged"):
         read_run(workdir)
 
 

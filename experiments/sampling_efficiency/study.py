@@ -47,14 +47,14 @@ def scenes() -> SamplingStudy:
         steps=(1, 2, 4, 8, 16),
         guidance=(1.0, 2.0, 4.0, 7.5),
         seeds=(0, 1),
-        others=dict.fromkeys(("ddpm", "dpmpp", "euler_ancestral", "heun", "lcm"), (2, 4, 8, 16)),
+        others=dict.fromkeys(("ddpm", "dpmpp", "heun"), (2, 4, 8, 16)),
     )
 
 
 def overnight() -> SamplingStudy:
     """The whole grid of A.4 on scenes, and fewer steps; four times the prompts, twice the training and the seeds."""
     few = (2, 4, 6, 8, 10, 20)
-    others = {"ddpm": STEPS, "dpmpp": few, "euler_ancestral": STEPS, "heun": few, "lcm": few}
+    others = {"ddpm": STEPS, "dpmpp": few, "heun": few}
     return of_scenes(
         examples=192_000,
         prompts=256,

@@ -65,6 +65,7 @@ from ldm_jax.diffusion.walk import (
     evaluations,
     initial_noise,
     sample,
+    walk_on_normal_data,
 )
 
 SCHEDULES = {"scaled_linear": ScaledLinear, "cosine": Cosine, "rectified_flow": RectifiedFlow}
@@ -157,6 +158,7 @@ __all__ = [
     "target",
     "v",
     "velocity",
+    "walk_on_normal_data",
     "x_0",
     "zero_terminal_snr",
 ]

@@ -14,6 +14,7 @@ from ldm_jax.types import Arr, Denoise, Denoised, Keys, Latent, Point
 
 Step = int | Integer[Arr, ""]
 Row = Float[Arr, " S"]
+SPREAD = 0.5  # standard deviation of the data that tells rules apart
 Progress = Callable[[Step], None]
 
 
@@ -114,6 +115,23 @@ def check_walk(sampler: Sampler, grid: Point) -> None:
             f"alpha {grid.alpha} and sigma {grid.sigma}"
         )
     sampler.check(grid)
+
+
+def walk_on_normal_data(sampler: Sampler, grid: Point) -> Float[np.ndarray, "4"]:
+    """Returns where four walks end with the exact denoiser of normal data, the same noise for every sampler.
+
+    That denoiser is linear, so that two rules end alike on a grid only if their coefficients there are the same.
+    Raises ValueError as `check_walk`.
+    """
+
+    def denoise(x: Latent, point: Point) -> Denoised:
+        signal = point.alpha * SPREAD**2
+        x_0 = signal / (signal * point.alpha + point.sigma**2) * x
+        return Denoised(x_0, (x - point.alpha * x_0) / point.sigma)
+
+    keys = jax.random.split(jax.random.key(0), 4)
+    with jax.disable_jit():  # of a few numbers, which are not worth compiling
+        return np.ravel(sample(denoise, initial_noise(keys, (1, 1, 1)), grid, keys, sampler))
 
 
 def evaluations(sampler: Sampler, grid: Point, interval: Interval = EVERYWHERE) -> int:

@@ -15,6 +15,7 @@ from etils import epath
 
 from ldm_jax.evals.features import Features, count_of, joined, read_features, write_features
 from ldm_jax.files.durable import write_atomically
+from ldm_jax.files.typed_json import write_json
 
 DIRECTORY = "evaluated"  # of a run
 FACTS, FEATURES = "facts.json", "features.npz"
@@ -24,7 +25,7 @@ class Cell:
     """One evaluation in a run's directory; `name` is what it is called there."""
 
     def __init__(self, workdir: epath.PathLike, label: str, facts: Mapping[str, Any]) -> None:
-        text = json.dumps(facts, indent=1, sort_keys=True)
+        text = write_json(facts, indent=1, sort_keys=True)
         self.facts = json.loads(text)
         self.name = f"{label}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
         self.path = epath.Path(workdir) / DIRECTORY / self.name
@@ -70,14 +71,19 @@ class Cell:
 def read_cell(path: epath.PathLike) -> tuple[Features, dict[str, Any]]:
     """The features of a finished evaluation by its directory, and its facts.
 
-    Raises FileNotFoundError where there is none.
+    Raises FileNotFoundError where there is none, ValueError where the file does not say what it is of.
     """
     features = epath.Path(path) / FEATURES
     if not features.exists():
         raise FileNotFoundError(
             f"{path} is no finished evaluation: it has no {FEATURES}; such are in RUN/{DIRECTORY}"
         )
-    return read_features(features)
+    found, facts = read_features(features)
+    if not isinstance(facts, dict) or not {"prompts", "noise"} <= set(facts):
+        raise ValueError(
+            f"{features} says nothing of its evaluation, as those of RUN/{DIRECTORY} do"
+        )
+    return found, facts
 
 
 def check_comparable(ours: Mapping[str, Any], theirs: Mapping[str, Any], *more: str) -> None:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, UInt32
+from jaxtyping import Array, Bool, Float, UInt32
 
 from ldm_jax.evals.features import Features, joined
 from ldm_jax.evals.generation import Generate
@@ -194,6 +194,22 @@ class Evaluator:
         placed, read = put_same(given, self._viewer.mesh)
         pixels, images = self._draw(params, frozen, placed, np.float32(guidance), np.uint32(seed))
         return pixels, self._viewer.look(frozen, images, read)
+
+
+def refuse_nan(
+    broken: Bool[np.ndarray, " n"],
+    numbers: Sequence[int],
+    texts: Sequence[str],
+    seeds: Sequence[int] = (),
+) -> None:
+    """Raises ValueError for the first image that is NaN, named by its prompt, and by its seed where a model drew it."""
+    if not np.any(broken):
+        return
+    row = int(np.argmax(broken))
+    seed = f" with seed {seeds[row]}" if seeds else ""
+    raise ValueError(
+        f"the image of prompt {numbers[row]}, {texts[row]!r}, is NaN{seed}; its batch is not kept"
+    )
 
 
 def numbers(first: int, batch: int, count: int) -> UInt32[np.ndarray, " batch"]:

@@ -11,6 +11,7 @@ import numpy as np
 from etils import epath
 
 from ldm_jax.files.durable import write_atomically
+from ldm_jax.files.typed_json import write_json
 
 Features = Mapping[str, Mapping[str, np.ndarray]]
 
@@ -33,7 +34,7 @@ def write_features(path: epath.PathLike, features: Features, described: Any = No
     """One .npz file, whole or not at all; `described`, of what JSON has, is what they are of."""
     arrays = {f"{e}/{name}": x for e, each in features.items() for name, x in each.items()}
     stream = io.BytesIO()
-    np.savez(stream, **arrays, **{_DESCRIBED: np.array(json.dumps(described))})
+    np.savez(stream, **arrays, **{_DESCRIBED: np.array(write_json(described))})
     epath.Path(path).parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, stream.getvalue())
 

@@ -6,9 +6,8 @@ evaluations.jsonl     one line an evaluation; after a resume the last line of a 
 samples/*.png         the first images of each, side by side
 """
 
-import json
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 from etils import epath
 
@@ -19,6 +18,23 @@ from ldm_jax.files.lines import append_line, read_lines
 from ldm_jax.types import Estimate, Pixels
 
 COLUMNS = 8  # of a picture of samples
+
+
+class EvaluationLine(TypedDict):
+    """A line of evaluations.jsonl."""
+
+    examples: int
+    weights: NotRequired[str]
+    scores: NotRequired[dict[str, Estimate]]
+    validation: NotRequired[dict[str, float]]
+    samples: NotRequired[str]
+
+
+class Prompt(TypedDict):
+    """A row of prompts.json."""
+
+    prompt: str
+    group: NotRequired[str]
 
 
 class Journal:
@@ -33,7 +49,7 @@ class Journal:
 
     def has(self, examples: int) -> bool:
         """Whether an evaluation after so many examples is written down."""
-        lines = read_lines(self._directory / "evaluations.jsonl")
+        lines = read_lines(self._directory / "evaluations.jsonl", EvaluationLine)
         return any(line["examples"] == examples for line in lines)
 
     def prompts(self, prompts: Prompts) -> None:
@@ -74,4 +90,4 @@ class Journal:
         save_grid(self._directory / name, images[: self._shown], COLUMNS)
 
     def _write(self, name: str, content: Any) -> None:
-        write_atomically(self._directory / name, json.dumps(content, indent=1).encode())
+        write_atomically(self._directory / name, write_json(content, indent=1).encode())

@@ -8,7 +8,7 @@ import collections
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import grain
@@ -167,13 +167,23 @@ class SourceImages:
 
 
 class Truth:
-    """The images that others should be, read when they are asked for: `truth[numbers]` is [n, size, size, 3]."""
+    """The images that others should be, read when they are asked for: `truth[numbers]` is [n, size, size, 3].
 
-    def __init__(self, images: SourceImages) -> None:
-        self._images = images
+    `order` holds, for each of the others, the number of its image.
+    """
+
+    def __init__(self, images: SourceImages, order: Sequence[int]) -> None:
+        self._images, self._order = images, list(order)
 
     def __getitem__(self, numbers: np.ndarray) -> Images:
-        return self._images.rows(numbers.tolist())
+        return self._images.rows([self._order[number] for number in numbers.tolist()])
+
+    @property
+    def described(self) -> dict[str, str]:
+        """A digest of the order; nothing where each image stands in the place of its own."""
+        if self._order == sorted(self._order):
+            return {}
+        return {"order": hashlib.sha256(repr(self._order).encode()).hexdigest()[:16]}
 
 
 def provenance_of(

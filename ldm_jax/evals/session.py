@@ -4,11 +4,10 @@ Of several processes all draw and look; the first one writes.
 """
 
 import collections
-import json
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NotRequired, TypedDict
 
 import numpy as np
 from etils import epath
@@ -16,21 +15,58 @@ from tqdm import tqdm
 
 from ldm_jax.evals import LOWER_IS_BETTER
 from ldm_jax.evals.cells import DIRECTORY, Cell, check_comparable, read_cell
-from ldm_jax.evals.evaluator import Part
+from ldm_jax.evals.evaluator import Part, refuse_nan
 from ldm_jax.evals.features import Features, count_of
 from ldm_jax.evals.image_grids import save_grid, save_png
 from ldm_jax.evals.scores import Scores
 from ldm_jax.files.durable import write_atomically
 from ldm_jax.files.ledger import commit
 from ldm_jax.files.lines import append_line, read_lines
+from ldm_jax.files.typed_json import write_json
 from ldm_jax.metrics.paired import Paired
 from ldm_jax.parallel import distributed
-from ldm_jax.types import Pixels
+from ldm_jax.types import Estimate, Pixels
 
 PATIENCE = 5  # seconds before progress is shown
 EXTREMES = 8  # images that are shown as best, and as worst
 SAME = ("reference_digest", "validated_by")  # what else a record's numbers depend on
 RECORDS, COMPARISONS = "scores.jsonl", "comparisons.jsonl"
+
+
+class Pictures(TypedDict):
+    """Images side by side in a file, their prompts, and the values by which they were chosen."""
+
+    file: str
+    prompts: list[str]
+    score: NotRequired[str]
+    values: NotRequired[list[float]]
+
+
+class PromptSet(TypedDict):
+    """The prompts of an evaluation."""
+
+    spec: NotRequired[str | None]
+    digest: NotRequired[str | None]
+    count: NotRequired[int | None]
+
+
+class ScoreLine(TypedDict):
+    """A line of scores.jsonl, as far as it is read again."""
+
+    cell: str
+    model: NotRequired[dict[str, Any]]
+    sampling: NotRequired[dict[str, Any]]
+    prompts: NotRequired[PromptSet]
+    networks: NotRequired[dict[str, list[str]]]
+    seeds: NotRequired[list[int] | None]
+    over: NotRequired[list[str] | None]
+    scores: NotRequired[dict[str, Estimate]]
+    validation: NotRequired[dict[str, float | None] | None]
+    pictures: NotRequired[dict[str, Pictures] | None]
+    drawn: NotRequired[int]
+    seconds: NotRequired[float]
+    images_per_second: NotRequired[float]
+    config: NotRequired[dict[str, Any]]
 
 
 class Work(NamedTuple):
@@ -87,9 +123,9 @@ def recorded(session: Session, cell: Cell) -> dict[str, Any] | None:
         return None
     found = [
         line
-        for line in read_lines(session.workdir / RECORDS)
-        if line.get("cell") == cell.name
-        and line["metrics"] == list(session.scores.metrics)
+        for line in read_lines(session.workdir / RECORDS, ScoreLine)
+        if line["cell"] == cell.name
+        and line.get("metrics") == list(session.scores.metrics)
         and all(line.get(name) == session.described[name] for name in SAME)
     ]
     return found[-1] if found else None
@@ -128,7 +164,7 @@ def look(session: Session, work: Work, cell: Cell) -> tuple[int, float]:
 
 def take(session: Session, cell: Cell, first: int, part: Part) -> None:
     """Keeps what came of a batch, which the first process writes. Raises ValueError as `check_finite`."""
-    check_finite(session, first, part.features)
+    check_finite(session, first, part.features, cell.facts["noise"][1:])
     if not distributed.is_first():
         return
     if part.images is not None:
@@ -136,18 +172,18 @@ def take(session: Session, cell: Cell, first: int, part: Part) -> None:
     cell.add(first, part.features)
 
 
-def check_finite(session: Session, first: int, features: Features) -> None:
-    """Raises ValueError for an image that is NaN; it is named by its prompt."""
+def check_finite(
+    session: Session, first: int, features: Features, seeds: Sequence[int] = ()
+) -> None:
+    """Raises ValueError for an image that is NaN; it is named by its prompt and, where `seeds` holds one, the seed."""
     broken = [
         np.isnan(each).reshape(len(each), -1).any(axis=1)
         for by_name in features.values()
         for each in by_name.values()
     ]
-    if np.any(broken):
-        number = first + int(np.argmax(np.any(broken, axis=0)))
-        raise ValueError(
-            f"the image of prompt {number}, {session.scores.prompts.texts[number]!r}, is NaN; its batch is not kept"
-        )
+    numbers = range(first, first + count_of(features))
+    texts = session.scores.prompts.texts[first:]
+    refuse_nan(np.any(broken, axis=0), numbers, texts, seeds * len(numbers))
 
 
 def keep(cell: Cell, numbers: Iterable[int], images: Pixels) -> None:
@@ -171,7 +207,7 @@ def complete(session: Session, work: Work, cell: Cell) -> None:
             keep(cell, numbers, images)
     if distributed.is_first():
         rows = [{"file_name": _kept(cell, n).name, "text": text} for n, text in enumerate(texts)]
-        content = "".join(json.dumps(row) + "\n" for row in rows)
+        content = "".join(write_json(row) + "\n" for row in rows)
         write_atomically(cell.path / "images" / "metadata.jsonl", content.encode())
 
 
@@ -251,7 +287,7 @@ def seeds_of(cells: Mapping[Cell, Any]) -> list[list[Cell]]:
     """Cells that differ in their seeds alone, where there are several."""
     groups = collections.defaultdict(list)
     for cell in cells:
-        groups[json.dumps(described(cell.facts), sort_keys=True)].append(cell)
+        groups[write_json(described(cell.facts), sort_keys=True)].append(cell)
     return [group for group in groups.values() if len(group) > 1]
 
 
@@ -299,6 +335,6 @@ def compared(session: Session, cell: Cell, against: str) -> dict[str, Paired]:
 
 def _append_once(path: epath.PathLike, line: Mapping[str, Any]) -> None:
     """Adds a line that is not there yet."""
-    text = json.dumps(line)  # as text: NaN is not equal to NaN
-    if text not in map(json.dumps, read_lines(path)):
+    text = write_json(line)  # as text: NaN is not equal to NaN
+    if text not in map(write_json, read_lines(path)):
         append_line(path, line)

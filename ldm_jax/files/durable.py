@@ -11,7 +11,7 @@ from typing import Any
 from etils import epath
 
 from ldm_jax.files.buckets import in_bucket
-from ldm_jax.files.typed_json import read_json
+from ldm_jax.files.typed_json import read_json, write_json
 
 SETTINGS = "settings.json"
 
@@ -61,7 +61,7 @@ def claim(directory: Path, settings: dict[str, Any]) -> None:
       ValueError: if they differ, of which it lists the differences, or cannot be read.
     """
     path = directory / SETTINGS
-    text = json.dumps(settings, indent=1)
+    text = write_json(settings, indent=1)
     if not path.exists():
         write_atomically(path, text.encode())
         return

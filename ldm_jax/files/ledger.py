@@ -4,8 +4,6 @@ A ledger is only ever appended to. What was repeated (the same `key`) has severa
 """
 
 import dataclasses
-import io
-import json
 import os
 import subprocess
 import warnings
@@ -14,8 +12,8 @@ from typing import Any, TypeVar
 
 from etils import epath
 
-from ldm_jax.files.lines import append_line
-from ldm_jax.types import Estimate
+from ldm_jax.files.lines import append_line, numbered_lines
+from ldm_jax.files.typed_json import convert
 
 Record = TypeVar(
     "Record"
@@ -43,27 +41,24 @@ def read_records(kind: type[Record], *paths: epath.PathLike) -> list[Record]:
     A line that was left unfinished is left out with a warning.
 
     Raises:
-      ValueError: a line that is JSON but no record, with its file and number.
+      ValueError: a line that is no record, with its file and number.
+      FileNotFoundError: there is no such ledger.
     """
     records = (record for path in paths for record in _read(kind, epath.Path(path)))
     return list({record.key: record for record in records}.values())
 
 
 def _read(kind: type[Record], path: epath.Path) -> Iterator[Record]:
-    for number, line in enumerate(io.StringIO(path.read_text()), 1):
-        try:
-            entry = json.loads(line)
-        except json.JSONDecodeError:
-            warnings.warn(f"{path}, line {number}: unfinished, left out", stacklevel=3)
+    for place, entry in numbered_lines(path, dict):
+        if entry is None:
+            warnings.warn(f"{place}: unfinished, left out", stacklevel=3)
         else:
-            yield _record(kind, entry, f"{path}, line {number}")
+            yield _record(kind, entry, place)
 
 
-def _record(kind: type[Record], entry: Any, place: str) -> Record:
-    fields = dataclasses.fields(kind)
-    expected = {field.name for field in fields}
-    needed = {field.name for field in fields if field.default is dataclasses.MISSING}
-    if not isinstance(entry, dict) or not needed <= set(entry) <= expected:
-        raise ValueError(f"{place} is no record; one has {', '.join(sorted(expected))}")
-    scores = {name: Estimate(*row) for name, row in entry["scores"].items()}
-    return kind(**entry | {"scores": scores})
+def _record(kind: type[Record], entry: dict[str, Any], place: str) -> Record:
+    try:
+        return convert(entry, kind)
+    except ValueError as error:
+        expected = ", ".join(sorted(field.name for field in dataclasses.fields(kind)))
+        raise ValueError(f"{place} is no record; one has {expected}: {error}") from error

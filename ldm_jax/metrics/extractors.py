@@ -7,6 +7,7 @@ prompt, or the image that it should be.
 import dataclasses
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
+import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from ldm_jax.metrics import pairs, resize
@@ -137,8 +138,12 @@ class PairFeatures:
         return cls()
 
     def features(self, params: None, images: Images, read: Images) -> dict[str, Float[Array, " B"]]:
-        """Of images and the ones that they should be. Raises ValueError as `pairs.psnr` and `pairs.ssim`."""
-        return {"psnr": pairs.psnr(images, read), "ssim": pairs.ssim(images, read)}
+        """Of images and the ones that they should be; PSNR is at most `pairs.MOST_DECIBELS`, so that means are finite.
+
+        Raises ValueError as `pairs.psnr` and `pairs.ssim`.
+        """
+        psnr = jnp.minimum(pairs.psnr(images, read), pairs.MOST_DECIBELS)
+        return {"psnr": psnr, "ssim": pairs.ssim(images, read)}
 
 
 class LPIPSFeatures(OfNetwork):

@@ -10,6 +10,8 @@ from ldm_jax.types import Arr, Images
 References = Float[Arr, "B _ _ 3"]  # like the images, which `paired` sees to
 
 RANGE = 2.0  # of images in [-1, 1]
+# Of 8 bits, as libvmaf bounds PSNR (6 * bits + 12): equal images, whose PSNR is infinite, count as so near.
+MOST_DECIBELS = 60.0
 WINDOW = 11
 SIGMA = 1.5
 K1, K2 = 0.01, 0.03

@@ -7,7 +7,7 @@ import base64
 import html
 import io
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from string import Template
 from typing import Any
@@ -19,6 +19,7 @@ from jaxtyping import UInt8
 from matplotlib.axes import Axes
 from PIL import Image
 
+from ldm_jax.evals.networks import NEED_OTHERS, embedded_on_foreign
 from ldm_jax.pages import plots
 from ldm_jax.types import Estimate
 
@@ -70,10 +71,17 @@ def missing(sentence: str) -> str:
     return f'<p class="missing">{html.escape(sentence)}</p>'
 
 
+def foreign(config: Mapping[str, Any]) -> str:
+    """A sentence where embedded networks score images that they do not know; nothing elsewhere."""
+    networks = embedded_on_foreign(config)
+    return missing(NEED_OTHERS % ", ".join(networks)) if networks else ""
+
+
 def number(value: int | float) -> str:
-    """A number in three digits, or whole: 0.831, 24.5, 1,234."""
+    """A number in three digits, or whole: 0.831, 24.5, 1,234; what is within rounding of zero is 0."""
     if math.isnan(value):
         return "not a number"
+    value = round(value, 12) + 0.0  # and no -0
     return f"{value:,.0f}" if 999.5 <= abs(value) < math.inf else f"{value:.3g}"
 
 

@@ -87,6 +87,7 @@ def _section(workdir: epath.Path, group: list[Evaluation], *, alone: bool) -> st
             _about(group),
             "<h3>Scores</h3>",
             *map(_unlike, unlike),
+            *dict.fromkeys(elements.foreign(each.line.get("config", {})) for each in group),
             _scores(group, names, marked=not unlike),
             "<h3>Scores against guidance</h3>",
             _charts(group, names, suffix),

@@ -9,6 +9,7 @@ What it reads in the run's directory, each part where it is there:
     samples/*.png      the first images of an evaluation as `evals.image_grids` lays them; true.png: the truth
     prompts.json       their prompts: [{"prompt": "...", "group": "held out"}, ...]
     references.json    scores to hold the run's against: {"untrained": {name: [...]}, ...}
+    reconstructions.png  images of the data beside what the autoencoder gives back
     record.jsonl       the `RunRecord` of the finished run
 
 A run that was killed and continued repeats lines: for one count of examples, the last value counts.
@@ -16,6 +17,7 @@ A run that was killed and continued repeats lines: for one count of examples, th
 
 import dataclasses
 import html
+import io
 import json
 from collections.abc import Mapping
 from functools import partial
@@ -29,17 +31,21 @@ from etils import epath
 from matplotlib.axes import Axes
 from PIL import Image
 
+from ldm_jax.evals.journal import EvaluationLine, Prompt
 from ldm_jax.files.flat import flat
 from ldm_jax.files.ledger import read_records
 from ldm_jax.files.lines import read_lines
+from ldm_jax.files.typed_json import read_json
 from ldm_jax.pages import elements, plots
 from ldm_jax.pages.elements import COLUMNS, MAX_TILE
+from ldm_jax.training.hooks import MetricsLine
 from ldm_jax.training.record import RunRecord
 from ldm_jax.types import Estimate
 
 Line = dict[str, Any]
 
 PARTS = ("config.json", "metrics.jsonl", "evaluations.jsonl", "prompts.json", "references.json")
+RECONSTRUCTIONS = "reconstructions.png"
 MAX_SHEETS = 12  # grids on the page, evenly over the run
 
 
@@ -52,7 +58,7 @@ class Run:
     metrics: list[Line]
     evaluations: list[Line]
     prompts: list[Line]
-    references: Mapping[str, Mapping[str, list[int | float]]]
+    references: Mapping[str, Mapping[str, Estimate]]
     record: RunRecord | None
 
 
@@ -70,11 +76,11 @@ def read_run(workdir: epath.PathLike) -> Run:
         raise ValueError(f"{workdir} holds no run: it has none of {', '.join(PARTS)}")
     return Run(
         workdir,
-        config=_read_json(workdir / "config.json", {}),
-        metrics=_read_lines(workdir / "metrics.jsonl"),
-        evaluations=_read_lines(workdir / "evaluations.jsonl"),
-        prompts=_read_json(workdir / "prompts.json", []),
-        references=_read_json(workdir / "references.json", {}),
+        config=_read_json(workdir / "config.json", dict, {}),
+        metrics=_read_lines(workdir / "metrics.jsonl", MetricsLine),
+        evaluations=_read_lines(workdir / "evaluations.jsonl", EvaluationLine),
+        prompts=_read_json(workdir / "prompts.json", list[Prompt], []),
+        references=_read_json(workdir / "references.json", dict[str, dict[str, Estimate]], {}),
         record=_last_record(workdir / "record.jsonl"),
     )
 
@@ -88,6 +94,7 @@ def page(run: Run) -> str:
         summary=html.escape(_summary(run)),
         styles=styles,
         samples=samples,
+        reconstructions=_reconstructions(run),
         scores=_scores(run),
         losses=_losses(run),
         costs=_costs(run),
@@ -95,19 +102,14 @@ def page(run: Run) -> str:
     )
 
 
-def _read_json(path: epath.Path, absent: Any) -> Any:
-    if not path.is_file():
-        return absent
-    try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is no JSON: {error}") from error
+def _read_json(path: epath.Path, kind: Any, absent: Any) -> Any:
+    return read_json(path, kind) if path.is_file() else absent
 
 
-def _read_lines(path: epath.Path) -> list[Line]:
+def _read_lines(path: epath.Path, kind: type) -> list[Line]:
     """The lines by examples, those of one count merged into one; none that is unfinished."""
     lines: dict[int, Line] = {}
-    for line in read_lines(path):
+    for line in read_lines(path, kind):
         lines[line["examples"]] = lines.get(line["examples"], {}) | line
     return [lines[examples] for examples in sorted(lines)]
 
@@ -195,13 +197,27 @@ def _tile(index: int, rows: int, prompt: str) -> str:
     )
 
 
+def _reconstructions(run: Run) -> str:
+    """The picture that encoding left: the best that any model of these latents can draw."""
+    path = run.workdir / RECONSTRUCTIONS
+    if not path.is_file():
+        return elements.missing(f"No {RECONSTRUCTIONS}: this run has encoded nothing here.")
+    with Image.open(io.BytesIO(path.read_bytes())) as image:
+        address = elements.data_address(image.convert("RGB"))
+    text = "Images of the data, each beside what the autoencoder gives back of it"
+    return f'<p class="soft">{text}: no sample can be better.</p><img alt="{text}" src="{address}">'
+
+
 def _scores(run: Run) -> str:
     scored = [line for line in run.evaluations if line.get("scores")]
     if not scored:
         return elements.missing("This run has not been evaluated.")
     names = list(dict.fromkeys(name for line in scored for name in line["scores"]))
     columns = {"this run": scored[-1]["scores"], **run.references}
-    rows = [[name, *(_estimate(scores.get(name)) for scores in columns.values())] for name in names]
+    rows = [
+        [name, *(elements.estimate(scores.get(name)) for scores in columns.values())]
+        for name in names
+    ]
     note = (
         "" if run.references else elements.missing("No references.json to hold the scores against.")
     )
@@ -209,6 +225,7 @@ def _scores(run: Run) -> str:
     charts = "".join(
         elements.chart(base, partial(_paint_score, run, scored, base)) for base in bases
     )
+    note += elements.foreign(run.config)
     return elements.table(["", *columns], rows) + note + f'<div class="charts">{charts}</div>'
 
 
@@ -219,14 +236,14 @@ def _paint_score(run: Run, scored: list[Line], base: str, axes: Axes) -> None:
     for name, color in zip([base, *groups], (plots.BLUE, plots.GREEN, plots.ORANGE), strict=False):
         lines = [line for line in scored if name in line["scores"]]
         x = [line["examples"] for line in lines]
-        estimates = [Estimate(*line["scores"][name]) for line in lines]
+        estimates = [line["scores"][name] for line in lines]
         band = [e.low for e in estimates], [e.high for e in estimates]
         label = name.partition("/")[2] or "all"
         y = [e.value for e in estimates]
         plots.curve(axes, x, y, color=color, label=label, band=band if name == base else None)
     for label, scores in run.references.items():
         if base in scores:
-            plots.level(axes, scores[base][0], label)
+            plots.level(axes, scores[base].value, label)
     if groups:
         axes.legend()
     plots.examples_axis(axes)
@@ -315,10 +332,6 @@ def _config(run: Run) -> str:
     lines = (f"{name} = {json.dumps(value)}" for name, value in flat(run.config))
     text = html.escape("\n".join(lines))
     return f"<details><summary>All settings</summary><pre>{text}</pre></details>"
-
-
-def _estimate(row: list[int | float] | None) -> str:
-    return elements.estimate(None if row is None else Estimate(*row))
 
 
 def _short(count: int) -> str:

@@ -8,11 +8,10 @@ from typing import Any, NamedTuple
 from etils import epath
 
 from ldm_jax.evals import LOWER_IS_BETTER
+from ldm_jax.evals.session import RECORDS, ScoreLine
 from ldm_jax.files.flat import flat
 from ldm_jax.files.lines import read_lines
 from ldm_jax.types import Estimate
-
-RECORDS = "scores.jsonl"
 
 
 class Evaluation(NamedTuple):
@@ -51,22 +50,18 @@ class Evaluation(NamedTuple):
 
 def read_evaluations(workdir: epath.PathLike) -> list[Evaluation]:
     """Every evaluation once, as its last line says; summaries over seeds come first. Raises ValueError for none."""
-    lines = {line["cell"]: line for line in read_lines(epath.Path(workdir) / RECORDS)}
+    lines = {line["cell"]: line for line in read_lines(epath.Path(workdir) / RECORDS, ScoreLine)}
     if not lines:
         raise ValueError(f"{workdir} has no evaluations: its {RECORDS} is absent or empty")
     found = [_evaluation(f"evaluation-{i}", line) for i, line in enumerate(lines.values())]
     return sorted(found, key=lambda each: not each.is_summary)
 
 
-def _evaluation(anchor: str, line: dict[str, Any]) -> Evaluation:
+def _evaluation(anchor: str, line: ScoreLine) -> Evaluation:
     settings = dict(flat(line.get("model", {}) | line.get("sampling", {})))
-    scores = {name: _estimate(row) for name, row in line.get("scores", {}).items()}
-    return Evaluation(anchor, line["cell"], settings, tuple(line.get("seeds") or ()), scores, line)
-
-
-def _estimate(row: Sequence[int | float | None]) -> Estimate:
-    """An estimate of a line, where a number that is none may stand as null."""
-    return Estimate(*(math.nan if number is None else number for number in row))
+    return Evaluation(
+        anchor, line["cell"], settings, tuple(line.get("seeds") or ()), line.get("scores", {}), line
+    )
 
 
 def by_prompts(evaluations: list[Evaluation]) -> list[list[Evaluation]]:

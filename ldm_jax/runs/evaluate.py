@@ -17,6 +17,7 @@ from ldm_jax.data.sources import Skip, Source, provenance
 from ldm_jax.diffusion import SAMPLERS
 from ldm_jax.evals.cells import Cell, check_comparable, read_cell
 from ldm_jax.evals.evaluator import Part
+from ldm_jax.evals.pairing import pair_by_name
 from ldm_jax.evals.prompt_sets import cleaned
 from ldm_jax.evals.prompts import Prompts
 from ldm_jax.evals.references import SourceImages, Truth
@@ -81,7 +82,7 @@ class Request:
     )
     truth: str | None = flag(
         None,
-        "with --images: the images that they should be, in the same order",
+        "with --images: the images that they should be, paired by name (1.png is 001.png)",
         type=in_words(absolute_location),
         metavar="SOURCE",
     )
@@ -231,7 +232,7 @@ def of_images(run: Run, request: Request) -> tuple[Session, list[Work]]:
     scoring = make_scoring(run, prompts_of(source), truth)
     frozen = {name: network.params for name, network in run.scorers.items()}
     facts = facts_of(run, provenance(source), request.images, scoring)
-    facts |= {"truth": request.truth and provenance(open_source(request.truth))}
+    facts |= {"truth": truth and provenance(open_source(request.truth)) | truth.described}
 
     def parts(start: int, kept: int) -> Iterator[tuple[int, Part]]:
         images = exact_images(run, source, start)
@@ -265,26 +266,31 @@ def exact_images(run: Run, source: Source, start: int = 0) -> SourceImages:
 
 
 def read_truth(run: Run, source: Source, spec: str) -> Truth:
-    """Opens the images that those of `source` should be. Raises ValueError where they are not as many."""
+    """Opens the images that those of `source` should be. Raises ValueError where they are not as many, or others."""
     truth = open_source(spec)
     if len(truth) != len(source):
         raise ValueError(f"--truth has {len(truth)} images, and --images has {len(source)}")
-    return Truth(exact_images(run, truth))
+    keys = ([key for key, _ in read_captions(each)] for each in (source, truth))
+    return Truth(exact_images(run, truth), pair_by_name(*keys))
 
 
 def prompts_of(source: Source) -> Prompts:
     """The main captions of a source, "" where an image has none. Raises ValueError for an item that cannot be read."""
-    texts = []
+    texts = tuple(text for _, text in read_captions(source))
+    return Prompts(texts, ("",) * len(texts))
+
+
+def read_captions(source: Source) -> Iterator[tuple[str, str]]:
+    """Yields the key and the main caption of every item. Raises as `prompts_of`."""
     for number in range(len(source)):
         key = f"item {number}"
         try:
             key, _, captions = source[number]
-            texts.append(cleaned(captions[0]) if captions else "")
+            yield key, cleaned(captions[0]) if captions else ""
         except Skip as skip:
             raise ValueError(f"{skip.key or key}: {skip.reason}") from skip
         except ValueError as error:
             raise ValueError(f"{key}: {error}") from error
-    return Prompts(tuple(texts), ("",) * len(texts))
 
 
 def facts_of(run: Run, model: Mapping[str, Any], spec: str, scoring: Scoring) -> dict[str, Any]:
@@ -299,13 +305,17 @@ def facts_of(run: Run, model: Mapping[str, Any], spec: str, scoring: Scoring) ->
 
 
 def samplings(
-    sampling: SamplingConfig, samplers: Sequence[str], steps: Sequence[int]
+    sampling: SamplingConfig,
+    samplers: Sequence[str],
+    steps: Sequence[int],
+    guidance: Sequence[float] = (),
 ) -> Iterator[SamplingConfig]:
-    """Yields the settings for each sampler and number of steps; the run's own sampler keeps its settings."""
+    """Yields the settings for each combination of what is named; the run's own sampler keeps its settings."""
     own = sampling.sampler
     named = [own if type(own) is SAMPLERS[name] else SAMPLERS[name]() for name in samplers]
-    for sampler, number in itertools.product(named or [own], steps or [sampling.steps]):
-        yield dataclasses.replace(sampling, sampler=sampler, steps=number)
+    grid = named or [own], steps or [sampling.steps], guidance or [sampling.guidance]
+    for sampler, number, scale in itertools.product(*grid):
+        yield dataclasses.replace(sampling, sampler=sampler, steps=number, guidance=scale)
 
 
 def sampling_facts(sampling: SamplingConfig, guidance: float) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import collections
 import hashlib
+import json
 import logging
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -13,6 +14,7 @@ from ldm_jax.data import open_source
 from ldm_jax.data.sources import provenance
 from ldm_jax.evals import METRICS
 from ldm_jax.evals.evaluator import View, Viewer
+from ldm_jax.evals.networks import NEED_OTHERS, embedded_on_foreign
 from ldm_jax.evals.prompts import Prompts
 from ldm_jax.evals.references import Reference, SourceImages, Truth, provenance_of
 from ldm_jax.evals.scores import Metric, OfImages, OfSets, Scores
@@ -21,6 +23,7 @@ from ldm_jax.models import weights
 from ldm_jax.parallel import distributed
 from ldm_jax.runs.pretrained import ScoringNetworks
 from ldm_jax.runs.run import Run
+from ldm_jax.settings.schema import to_json
 from ldm_jax.types import Images, SomeImages
 
 _log = logging.getLogger(__name__)
@@ -56,6 +59,8 @@ def make_scoring(run: Run, prompts: Prompts, truth: Truth | Images | None = None
     for reason, names in reasons.items():
         _log.info("Skipped metrics (missing %s): %s.", reason, ", ".join(names))
     extractors = dict.fromkeys(metric.extractor for metric in chosen.values())
+    if foreign := embedded_on_foreign(json.loads(to_json(run.config))):
+        _log.warning(NEED_OTHERS, ", ".join(foreign))
     views = {name: _view(name, run.scorers, prompts, truth) for name in extractors}
     viewer = Viewer(views, mesh=run.mesh, batch=run.config.sampling.batch)
     return Scoring(viewer, Scores(chosen, prompts, known), reference)

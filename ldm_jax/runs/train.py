@@ -15,7 +15,7 @@ from ldm_jax.data.scenes import render
 from ldm_jax.evals import METRICS
 from ldm_jax.evals.evaluator import Evaluator
 from ldm_jax.evals.features import Features
-from ldm_jax.evals.journal import Journal
+from ldm_jax.evals.journal import EvaluationLine, Journal
 from ldm_jax.files.ledger import append_record, commit
 from ldm_jax.files.lines import append_line, read_lines
 from ldm_jax.metrics.resize import to_images
@@ -25,7 +25,7 @@ from ldm_jax.runs.run import Run, Validate
 from ldm_jax.runs.scoring import Scoring, make_scoring
 from ldm_jax.settings.schema import to_json
 from ldm_jax.training import Every, Hook, State, Stopwatch, Tick, fit, prefetch
-from ldm_jax.training.hooks import Guard, Metrics, Profiler, Progress, tensorboard
+from ldm_jax.training.hooks import Guard, Metrics, MetricsLine, Profiler, Progress, tensorboard
 from ldm_jax.training.loop import tolerated
 from ldm_jax.training.record import RunRecord
 from ldm_jax.training.saving import Preemption, Save, Saver
@@ -230,14 +230,14 @@ def flops_per_example(run: Run) -> float:
 def record(run: Run, state: State) -> RunRecord:
     """Describes the finished run from what it wrote: what it was, what it cost and its last scores."""
     config, workdir = run.config, run.workdir
-    rows = read_lines(workdir / "metrics.jsonl")
+    rows = read_lines(workdir / "metrics.jsonl", MetricsLine)
     steps = [row for row in rows if "examples_per_second" in row]
     begun = [0, *(row["examples"] for row in steps)]
     seconds = math.fsum(
         (row["examples"] - before) / row["examples_per_second"]
         for before, row in zip(begun, steps, strict=False)
     )
-    (last,) = read_lines(workdir / "evaluations.jsonl")[-1:] or [None]
+    (last,) = read_lines(workdir / "evaluations.jsonl", EvaluationLine)[-1:] or [None]
     if last is None or last["examples"] != int(state.examples):
         raise OSError(
             f"the last evaluation, after {state.examples} examples, could not be written to {workdir}; the same command"
@@ -254,5 +254,5 @@ def record(run: Run, state: State) -> RunRecord:
         examples=int(state.examples),
         seconds=seconds,
         losses={"train": [row["loss"] for row in rows if "loss" in row][-1], **last["validation"]},
-        scores={name: Estimate(*score) for name, score in last["scores"].items()},
+        scores=last["scores"],
     )

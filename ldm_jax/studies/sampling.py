@@ -3,13 +3,16 @@
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from ldm_jax import diffusion
-from ldm_jax.diffusion import SAMPLERS
+from ldm_jax.diffusion import SAMPLERS, Schedule, Spacing
 from ldm_jax.evals import METRICS
 from ldm_jax.evals.scores import OfSets
 from ldm_jax.models.flops import Count
@@ -68,6 +71,7 @@ class SamplingStudy:
             check_seed(seed, "one of the seeds of the study")
         self._check_models()
         self._check_others()
+        self._check_rules()
 
     def _check_models(self) -> None:
         if len(self.models) < 2 or self.prompts < 1:
@@ -94,11 +98,32 @@ class SamplingStudy:
     def _check_others(self) -> None:
         if self.sampler in self.others:
             raise ValueError(f"{self.sampler} is the study's sampler and one of the others, too")
+        for name in (self.sampler, *self.others):
+            if SAMPLERS[name]().order == 0:
+                raise ValueError(
+                    f"{name} is a sampler of the study and samples distilled models only, and {self.baseline} is not"
+                    " distilled: leave it out"
+                )
         for name, steps in self.others.items():
             if alone := set(steps) - set(self.steps):
                 raise ValueError(
                     f"{name} is to take {min(alone)} steps, at which {self.sampler} has no best guidance: its steps are"
                     f" {', '.join(map(str, self.steps))}"
+                )
+
+    def _check_rules(self) -> None:
+        """Refuses two samplers that do the same at every number of steps that both take."""
+        config, steps = self.models[self.baseline], {self.sampler: self.steps, **self.others}
+        for one, other in itertools.combinations(steps, 2):
+            shared = sorted(set(steps[one]) & set(steps[other]), reverse=True)
+            walks = (
+                [_walk(name, config.schedule, config.sampling.spacing, n) for name in (one, other)]
+                for n in shared
+            )
+            if shared and all(np.allclose(*pair, rtol=1e-3, atol=1e-5) for pair in walks):
+                raise ValueError(
+                    f"{one} and {other} are one rule at the study's {', '.join(map(str, shared))} steps, so that they"
+                    " would count twice: leave one of them out"
                 )
 
     @functools.cached_property
@@ -108,6 +133,12 @@ class SamplingStudy:
         settings = {name: decisive(config, *what) for name, config in self.models.items()}
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return digest_of(fields | {"models": settings})
+
+
+@functools.cache
+def _walk(sampler: str, schedule: Schedule, spacing: Spacing, steps: int) -> np.ndarray:
+    grid = diffusion.grid(schedule, spacing, steps)
+    return diffusion.walk_on_normal_data(SAMPLERS[sampler](), grid)
 
 
 def digest_of(facts: Any) -> str:

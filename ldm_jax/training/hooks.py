@@ -6,14 +6,13 @@ processes the hooks that write for people (`Progress`, `Metrics`, `Profiler`) be
 
 import collections
 import io
-import json
 import logging
 import math
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 import jax
 import numpy as np
@@ -22,6 +21,7 @@ from jax.experimental import multihost_utils
 
 from ldm_jax.files.durable import write_atomically
 from ldm_jax.files.lines import append_line, read_lines
+from ldm_jax.files.typed_json import write_json
 from ldm_jax.parallel.chips import peak_flops
 from ldm_jax.parallel.rules import leaf_name
 from ldm_jax.training.loop import AHEAD, Hook, Tick, TrainingError, tolerated
@@ -149,6 +149,14 @@ class Guard(Hook):
         return "there is no checkpoint yet" if good is None else f"of {good} examples"
 
 
+class MetricsLine(TypedDict):
+    """A line of metrics.jsonl, with scalars of any other name."""
+
+    examples: int
+    loss: NotRequired[float]
+    examples_per_second: NotRequired[float]
+
+
 class Metrics(Hook):
     """Writes the mean of every scalar since the last line, as a line of JSON and to TensorBoard.
 
@@ -164,8 +172,8 @@ class Metrics(Hook):
         self._path, self._period, self._board = epath.Path(directory), period, board
         self._path.mkdir(parents=True, exist_ok=True)
         self._path /= "metrics.jsonl"
-        lines = [line for line in read_lines(self._path) if line["examples"] <= since]
-        text = "".join(json.dumps(line) + "\n" for line in lines) if since else ""
+        lines = [line for line in read_lines(self._path, MetricsLine) if line["examples"] <= since]
+        text = "".join(write_json(line) + "\n" for line in lines) if since else ""
         write_atomically(self._path, text.encode())  # a kill here loses no line
         self._late = Late()
         self._sums: collections.Counter[str] = collections.Counter()

@@ -114,7 +114,7 @@ def test_a_batch_has_the_stated_types_and_shapes(load):
     assert batch.cond.shape == (4, 2)
     assert batch.weight.tolist() == [1.0] * 4
     assert batch.index.tolist() == [0, 1, 2, 3]
-    dtypes = [getattr(batch, name).dtype for name in ("latents", "text", "weight", "index")]
+    dtypes = [getattr(batch, name).dtype for name in ("latents", "cond", "weight", "index")]
     assert dtypes == [np.float32, np.int32, np.float32, np.uint32]
     assert all(isinstance(leaf, np.ndarray) for leaf in batch)
 

@@ -29,6 +29,7 @@ from ldm_jax.diffusion import (
     grid,
     initial_noise,
     sample,
+    walk_on_normal_data,
 )
 from ldm_jax.types import Denoised, Point
 
@@ -233,3 +234,31 @@ def test_a_grid_with_a_second_point_without_noise_or_signal_is_refused(name):
         row[2] = 0
         with pytest.raises(ValueError, match="signal at all of its points but the first"):
             check_walk(SAMPLERS[name](), good._replace(**{field: row}))
+
+
+@pytest.mark.parametrize("steps", [2, 5])
+def test_a_linear_walk_tells_rules_apart_and_knows_those_that_are_one(steps):
+    """DDIM is Euler's method, with eta 1 DDPM (Song et al. 2021, 4.1) and Euler ancestral."""
+    for schedule, spacing in ((ScaledLinear(), Trailing()), (RectifiedFlow(), Even())):
+        points = grid(schedule, spacing, steps)
+        ends = {
+            name: walk_on_normal_data(sampler, points)
+            for name, sampler in {
+                "ddim": DDIM(),
+                "euler": Euler(),
+                "ddpm": DDPM(),
+                "ancestral": EulerAncestral(),
+                "eta": DDIM(1.0),
+                "half": DDIM(0.5),
+                "heun": Heun(),
+            }.items()
+        }
+        alike = {
+            frozenset(b for b in ends if np.allclose(ends[a], ends[b], rtol=1e-3)) for a in ends
+        }
+        assert alike == set(
+            map(
+                frozenset,
+                (["ddim", "euler"], ["ddpm", "ancestral", "eta"], ["half"], ["heun"]),
+            )
+        )

@@ -2,11 +2,14 @@
 
 import dataclasses
 import json
+import math
 import re
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import pytest
 
-from ldm_jax.files.typed_json import read_json
+from ldm_jax.files.typed_json import read_json, write_json
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,3 +61,41 @@ def test_anything_else_is_refused_with_the_file_and_the_value(tmp_path, content,
     path.write_bytes(content)
     with pytest.raises(ValueError, match=f"^{path} is damaged, .*{re.escape(says)}"):
         read_json(path, Tree)
+
+
+class Row(NamedTuple):
+    value: float
+    count: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Numbers:
+    rows: Mapping[str, Row]
+    listed: Sequence[float]
+    perhaps: float | None = None
+
+
+NUMBERS = Numbers({"Infinity": Row(math.inf, 2)}, [-math.inf, 1.5], math.inf)
+
+
+def test_what_is_not_finite_is_json_and_comes_back(tmp_path):
+    """Every token that JSON does not have is refused here, as other readers of JSON do."""
+
+    def refuse(token):
+        raise AssertionError(token)
+
+    text = write_json(dataclasses.asdict(NUMBERS) | {"nan": math.nan})
+    content = json.loads(text, parse_constant=refuse)
+    assert math.isnan(float(content.pop("nan")))
+    path = tmp_path / "x.json"
+    path.write_text(json.dumps(content))
+    assert read_json(path, Numbers) == NUMBERS
+    path.write_text('{"rows": {"a": [null, 3]}, "listed": ["1.5"]}')
+    with pytest.raises(ValueError, match=r"listed\[0\] is '1.5', and must be of type float"):
+        read_json(path, Numbers)
+
+
+def test_a_text_that_reads_infinity_stays_a_text(tmp_path):
+    path = tmp_path / "x.json"
+    path.write_text(write_json(dataclasses.asdict(Leaf("Infinity", math.inf))))
+    assert read_json(path, Leaf) == Leaf("Infinity", math.inf)

@@ -23,6 +23,7 @@ from ldm_jax.types import Estimate
         (999.6, "1,000"),
         (12345.6, "12,346"),
         (1.2e-5, "1.2e-05"),
+        (-1.11e-16, "0"),
         (math.inf, "inf"),
         (math.nan, "not a number"),
     ],

@@ -154,6 +154,13 @@ def test_a_sampler_is_left_out_where_the_main_one_costs_too_much():
         ({"scores": ("precision_recall",)}, "no numbers by prompt"),
         ({"scores": ("cmmd",)}, "cmmd is a score of the study, and eval.metrics of small does not"),
         ({"others": {"ddim": (2,)}}, "ddim is the study's sampler and one of the others"),
+        ({"others": {"lcm": (2,)}}, "lcm is a sampler .* distilled models only, and large is not"),
+        ({"others": {"euler": (2, 3)}}, "ddim and euler are one rule at the study's 3, 2 steps"),
+        (
+            {"others": {"ddpm": (2, 3), "euler_ancestral": (3,)}},
+            "ddpm and euler_ancestral are one rule at the study's 3 steps, so",
+        ),
+        ({"others": {"dpmpp": (2,)}}, "ddim and dpmpp are one rule at the study's 2 steps"),
         ({"models": {"small": OTHER_DATA, "large": LARGER}}, "share their latents"),
         (
             {"others": {"heun": (2, 50)}},
@@ -164,6 +171,10 @@ def test_a_sampler_is_left_out_where_the_main_one_costs_too_much():
 def test_grid_that_cannot_be_is_refused(fields, sentence):
     with pytest.raises(ValueError, match=sentence):
         dataclasses.replace(GRID, **fields)
+
+
+def test_samplers_that_agree_at_some_steps_and_not_at_all_are_two():
+    assert dataclasses.replace(GRID, steps=(2, 4), others={"dpmpp": (2, 4)}).others
 
 
 def test_zero_steps_and_a_sampler_that_the_schedule_cannot_serve_are_refused_before_anything_runs():
