@@ -15,6 +15,7 @@ from ldm_jax.evals.image_grids import save_grid
 from ldm_jax.evals.prompts import Prompts
 from ldm_jax.files.durable import write_atomically
 from ldm_jax.files.lines import append_line, read_lines
+from ldm_jax.files.typed_json import write_json
 from ldm_jax.types import Estimate, Pixels
 
 COLUMNS = 8  # of a picture of samples
