@@ -34,7 +34,8 @@ from ldm_jax.runs.initial import pipeline_config
 from ldm_jax.runs.pretrained import pretrained_directory
 from ldm_jax.runs.run import Run
 from ldm_jax.runs.sample import draw
-from ldm_jax.settings.command_line import UsageError, parse
+from ldm_jax.settings.command_line import UsageError, load_config, parse
+from ldm_jax.settings.schema import from_config_dict
 
 T5_TOKENIZER = Path(__file__).parent / "goldens" / "t5_tokenizer"
 ASSETS = pretrained_directory(tiny.TINY)
@@ -404,6 +405,9 @@ def test_a_pipeline_that_diffusers_wrote_gives_the_images_that_diffusers_gives(t
     theirs = drawn_by_diffusers(directory, config, noise)
     assert np.std(ours) > 5
     assert np.abs(ours - theirs).max() <= 2
+    released = from_config_dict(load_config(f"configs/released.py:{directory}"), RunConfig)
+    assert released.initial == released.pretrained == str(directory)
+    assert released.backbone == config.backbone
     words = [f"--from={directory}", f"--prompt={PROMPT}", f"--output={tmp_path / 'drawn'}"]
     words += [f"--config.sampling.steps={run.config.sampling.steps}"]
     words += [f"--config.sampling.guidance={run.config.sampling.guidance}"]
