@@ -39,6 +39,7 @@ from ldm_jax.parallel import distributed
 from ldm_jax.runs.config import SamplingConfig, absolute_location
 from ldm_jax.runs.run import Run
 from ldm_jax.runs.scoring import Scoring, identity, make_scoring
+from ldm_jax.runs.validation import make_validation
 from ldm_jax.settings.command_line import UsageError, in_words
 from ldm_jax.settings.fields import IMAGES, PARAMETERS
 from ldm_jax.settings.paths import home_path
@@ -209,7 +210,7 @@ class Model:
 
     def validate(self) -> dict[str, float]:
         """Computes the validation losses; {} where the config wants none."""
-        return self.run.validation()(self.params, self.run.frozen.params)
+        return make_validation(self.run)(self.params, self.run.frozen.params)
 
 
 def identity_of(run: Run, params: Params) -> dict[str, Any]:

@@ -19,14 +19,14 @@ from jax.sharding import Mesh
 from ldm_jax import diffusion
 from ldm_jax.data.encoding import stored
 from ldm_jax.data.latents import Autoencoder, Manifest, main_captions
-from ldm_jax.data.loader import Collate, Example, Loader, fixed_batch
-from ldm_jax.evals.evaluator import Evaluator, Viewer, proceed
+from ldm_jax.data.loader import Collate, Example, Loader
+from ldm_jax.evals.evaluator import Evaluator, Viewer
 from ldm_jax.evals.generation import Generate, make_generate
 from ldm_jax.evals.prompts import Prompts, read_prompts
 from ldm_jax.files.buckets import in_bucket
 from ldm_jax.files.durable import alone_in
 from ldm_jax.metrics.resize import rounded
-from ldm_jax.models import BACKBONES, Backbone, weights
+from ldm_jax.models import weights
 from ldm_jax.models.axes import TABLE
 from ldm_jax.models.flops import Count, count
 from ldm_jax.models.networks import make_network
@@ -35,12 +35,10 @@ from ldm_jax.nn.functional import Functional
 from ldm_jax.parallel import (
     batch_share,
     distributed,
-    jit,
     make_mesh,
-    put_same,
-    replicated,
     shardings,
 )
+from ldm_jax.runs.backbone import make_backbone
 from ldm_jax.runs.config import CHECKPOINTS, RunConfig, SamplingConfig
 from ldm_jax.runs.initial import copied, fitted, read_backbone
 from ldm_jax.runs.pretrained import (
@@ -63,7 +61,6 @@ from ldm_jax.training.optimizer import restricted
 from ldm_jax.training.step import Step
 from ldm_jax.types import Apply, Batch, Cond, Params, Point
 
-Validate = Callable[..., dict[str, float]]
 _log = logging.getLogger(__name__)
 
 
@@ -130,23 +127,7 @@ class Run:
         Raises:
           ValueError: it does not fit the text encoder, the autoencoder or the size of the images.
         """
-        backbone = dataclasses.replace(self.config.backbone, dtype=self.config.train.precision)
-        channels = self.frozen.autoencoder.config.latent_channels
-        fits = {
-            "text_width": (backbone.text_width, self.frozen.text.width),
-            "in_channels": (backbone.in_channels, channels),
-            "predicted_channels": (backbone.predicted_channels, channels),
-        }
-        if backbone.pooled_width:
-            fits["pooled_width"] = backbone.pooled_width, self.frozen.text.pooled_width
-        if wrong := [(field, *pair) for field, pair in fits.items() if pair[0] != pair[1]]:
-            raise ValueError(_misfit(backbone, wrong))
-        if self.side % backbone.multiple:
-            raise ValueError(
-                f"data.size is {self.config.data.size}, which gives latents of {self.side} rows; this backbone takes a"
-                f" multiple of {backbone.multiple}"
-            )
-        return make_network(backbone)
+        return make_backbone(self.config, self.frozen)
 
     @property
     def side(self) -> int:
@@ -409,73 +390,6 @@ class Run:
             negative=text([self.config.sampling.negative]),
             key=self.key("eval"),
         )
-
-    def validation(self) -> Validate:
-        """Makes `validate(params, frozen, pause=...) -> {noise level: loss}`, on fixed records and noise.
-
-        It returns {} where `eval.validation` is 0. What `pause` raises after a batch ends it.
-        """
-        if not self.config.eval.validation:
-            return lambda params, frozen, pause=proceed: {}
-        parts, count = self._validation_batches()
-        levels = self.config.eval.levels
-        loss = diffusion.make_validation_loss(
-            self.network.apply,
-            self.prepare,
-            self.frozen.encode,
-            schedule=self.config.schedule,
-            prediction=self.prediction,
-            levels=levels,
-        )
-
-        @functools.partial(jit, mesh=self.mesh, out_shardings=replicated(self.mesh))
-        def losses(params: Params, frozen: Params, part: Batch) -> jax.Array:
-            keys = jax.vmap(jax.random.fold_in, (None, 0))(self.key("eval"), part.index)
-            return loss(params, frozen, part, keys)
-
-        def validate(
-            params: Params, frozen: Params, pause: Callable[[], None] = proceed
-        ) -> dict[str, float]:
-            found = []
-            for part in parts:
-                found.append(jax.device_get(losses(params, frozen, put_same(part, self.mesh))))
-                pause()
-            values = np.concatenate(found)[:count].mean(0, dtype=np.float64).tolist()
-            return dict(zip(map(str, levels), values, strict=True))
-
-        return validate
-
-    def _validation_batches(self) -> tuple[list[Batch], int]:
-        """Batches of the validation loss, the last one filled up with its last record, and the number of records."""
-        directory, size = self.validation_records, self.config.sampling.batch
-        count = min(self.config.eval.validation, self.check_records(directory).written)
-        parts = [
-            fixed_batch(
-                directory,
-                [min(n, count - 1) for n in range(first, first + size)],
-                tokenizer=self.tokenizer,
-            )
-            for first in range(0, count, size)
-        ]
-        return parts, count
-
-
-# The setting behind a property of a backbone.
-SET_BY = {"predicted_channels": "out_channels"}
-
-
-def _misfit(backbone: Backbone, wrong: Sequence[tuple[str, int, int]]) -> str:
-    """Says which fields of a backbone do not fit, as (field, given, wanted), and the flags that set them right."""
-    said = "; ".join(
-        f"{field} is {given}, and the pretrained models have {wanted}"
-        for field, given, wanted in wrong
-    )
-    (name,) = (name for name, kind in BACKBONES.items() if type(backbone) is kind)
-    flags = " ".join(
-        f"--config.backbone.{name}.{SET_BY.get(field, field)}={wanted}"
-        for field, _, wanted in wrong
-    )
-    return f"the backbone's {said}: give {flags}, or --config.pretrained with others"
 
 
 @contextlib.contextmanager

@@ -21,8 +21,9 @@ from ldm_jax.files.lines import append_line, read_lines
 from ldm_jax.metrics.resize import to_images
 from ldm_jax.parallel import distributed
 from ldm_jax.runs.config import claim
-from ldm_jax.runs.run import Run, Validate
+from ldm_jax.runs.run import Run
 from ldm_jax.runs.scoring import Scoring, make_scoring
+from ldm_jax.runs.validation import Validate, make_validation
 from ldm_jax.settings.schema import to_json
 from ldm_jax.training import Every, Hook, State, Stopwatch, Tick, fit, prefetch
 from ldm_jax.training.hooks import Guard, Metrics, MetricsLine, Profiler, Progress, tensorboard
@@ -92,7 +93,7 @@ class Evaluated(NamedTuple):
 def make_evaluated(run: Run) -> Evaluated:
     """Makes the parts of an evaluation that the config describes."""
     scoring = make_scoring(run, run.prompts)
-    return Evaluated(scoring, run.evaluator(scoring.viewer), run.validation())
+    return Evaluated(scoring, run.evaluator(scoring.viewer), make_validation(run))
 
 
 def make_hooks(run: Run, begun: int, evaluated: Evaluated) -> list[Hook]:
