@@ -13,7 +13,7 @@ EXTRAS ?= test
 WORKDIR ?= runs/demo
 STUDY ?= runs/efficiency
 # A file of tests is one worker's, as what it sets up is shared; more than four take too much memory.
-PYTEST_FLAGS ?= --numprocesses=auto --maxprocesses=4 --dist=loadfile --no-loadscope-reorder
+PYTEST_FLAGS ?= --numprocesses=auto --maxprocesses=4 --dist=loadfile --no-loadscope-reorder --durations=10
 # Two virtual devices keep two cores busier than one does.
 DEMO_FLAGS ?= --xla_force_host_platform_device_count=2
 
