@@ -137,7 +137,7 @@ def test_transformers_opens_what_we_write_and_answers_alike(goldens, tmp_path):
     ids, mask = (torch.from_numpy(expected[name]).long() for name in ("tokens", "mask"))
     with torch.no_grad():
         last = model(input_ids=ids, attention_mask=mask).last_hidden_state.numpy()
-    assert error(last, expected["last"]) < 1e-6
+    assert error(last, expected["last"]) < 3e-6
 
 
 @pytest.mark.parametrize("kept", [(EMBEDDING,), (OLD_EMBEDDING,), (EMBEDDING, OLD_EMBEDDING)])

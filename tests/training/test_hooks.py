@@ -53,7 +53,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_its_batch_saved(tmp_path, 
         assert part in message
     expected = toy.batch(8 * place)
     with np.load(path) as batch:
-        assert set(batch.files) == {"latents", "text", "weight", "index"}
+        assert set(batch.files) == {"latents", "cond", "weight", "index"}
         for name in batch.files:
             np.testing.assert_array_equal(batch[name], getattr(expected, name))
 
