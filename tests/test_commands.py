@@ -404,6 +404,15 @@ def test_flags_set_how_images_are_drawn_and_the_rest_stays_the_runs(run, tmp_pat
     assert given[1] == dataclasses.replace(tiny.TINY.sampling, **changes)
 
 
+def test_latents_of_another_source_than_the_config_names_are_told(run, caplog):
+    for source, told in ((tiny.TINY.data.source, 0), ("scenes:simple?count=7", 1)):
+        data = dataclasses.replace(tiny.TINY.data, source=source)
+        own = Run(dataclasses.replace(tiny.TINY, data=data), run)
+        caplog.clear()
+        own.check_records(own.records())
+        assert sum("give its data.source" in text for text in caplog.messages) == told
+
+
 def test_an_image_that_is_nan_is_refused_with_its_prompt_and_seed(run, tmp_path):
     def broken(params, frozen, tokens, negative, keys, scale):
         return jnp.zeros((len(tokens), 8, 8, 3)).at[3].set(jnp.nan)

@@ -143,12 +143,17 @@ def _list(names: Iterable[str]) -> str:
 
 def provenance(source: Source) -> dict[str, Any]:
     """What is written down about a source: its class, options, number of items and the identity of its files."""
+    identity = getattr(source, "identity", "")
+    return {**options_of(source), "items": len(source), "identity": identity}
+
+
+def options_of(source: Source) -> dict[str, Any]:
+    """Returns the class and the options of a source; nothing is read."""
     options = {}
     if dataclasses.is_dataclass(source):
         fields = [field for field in dataclasses.fields(source) if field.init]
         options = {field.name: getattr(source, field.name) for field in fields}
-    identity = getattr(source, "identity", "")
-    return {"class": type(source).__name__, **options, "items": len(source), "identity": identity}
+    return {"class": type(source).__name__, **options}
 
 
 def tally(reasons: Mapping[str, Sequence[str]]) -> str:

@@ -5,6 +5,7 @@ import copy
 import dataclasses
 import functools
 import hashlib
+import json
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -17,9 +18,11 @@ from etils import epath
 from jax.sharding import Mesh
 
 from ldm_jax import diffusion
+from ldm_jax.data import open_source
 from ldm_jax.data.encoding import stored
 from ldm_jax.data.latents import Autoencoder, Manifest, main_captions
 from ldm_jax.data.loader import Collate, Example, Loader
+from ldm_jax.data.sources import options_of
 from ldm_jax.evals.evaluator import Evaluator, Viewer
 from ldm_jax.evals.generation import Generate, make_generate
 from ldm_jax.evals.prompts import Prompts, read_prompts
@@ -316,7 +319,20 @@ class Run:
                 f"{directory} holds latents of images of {manifest.size} pixels, and data.size is"
                 f" {self.config.data.size}"
             )
+        self._warn_of_source(directory, manifest)
         return manifest
+
+    def _warn_of_source(self, directory: Path, manifest: Manifest) -> None:
+        """Logs that latents were made of another source than the config names; the record would name the wrong one."""
+        data = self.config.data
+        spec = data.validation if directory.name == "validation" else data.source
+        wanted = json.loads(json.dumps(options_of(open_source(spec or data.source))))
+        if any(manifest.source.get(name) != value for name, value in wanted.items()):
+            stored = {k: v for k, v in manifest.source.items() if k in ("class", *wanted)}
+            _log.warning(
+                "The latents in %s were made of %s, and the config names %s: give its data.source.",
+                *(directory, stored, spec),
+            )
 
     # Sampling
 
