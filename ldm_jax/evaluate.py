@@ -35,8 +35,8 @@ def main(flags: argparse.Namespace) -> None:
     """Evaluates, and prints the scores."""
     request = from_flags(Request, flags)
     with distributed.joined(flags), alone_among_runs(flags.workdir / DIRECTORY):
-        for text in evaluate(Run(flags.config, flags.workdir), request):
-            print(text, end="\n\n")
+        for number, text in enumerate(evaluate(Run(flags.config, flags.workdir), request)):
+            print("\n" * (number > 0) + text)
 
 
 if __name__ == "__main__":
