@@ -2,6 +2,10 @@
 
 import argparse
 import dataclasses
+import sys
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).parent / "studies"))
 
 from test_study import GRID
 
