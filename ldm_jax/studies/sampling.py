@@ -71,7 +71,6 @@ class SamplingStudy:
             check_seed(seed, "one of the seeds of the study")
         self._check_models()
         self._check_others()
-        self._check_rules()
 
     def _check_models(self) -> None:
         if len(self.models) < 2 or self.prompts < 1:
@@ -111,8 +110,11 @@ class SamplingStudy:
                     f" {', '.join(map(str, self.steps))}"
                 )
 
-    def _check_rules(self) -> None:
-        """Refuses two samplers that do the same at every number of steps that both take."""
+    def check_rules(self) -> None:
+        """Refuses two samplers that do the same at every number of steps that both take.
+
+        It computes, which processes must not before they have joined: so `models` asks for it, and not the constructor.
+        """
         config, steps = self.models[self.baseline], {self.sampler: self.steps, **self.others}
         for one, other in itertools.combinations(steps, 2):
             shared = sorted(set(steps[one]) & set(steps[other]), reverse=True)
@@ -167,8 +169,10 @@ class Model(NamedTuple):
 def models(study: SamplingStudy) -> list[Model]:
     """Every model with its ways; of shapes alone.
 
-    Raises as `Planned.frozen` and `Run.walk`, and ValueError where a model costs too much to be sampled at all.
+    Raises as `Planned.frozen`, `Run.walk` and `check_rules`, and ValueError where a model costs too much to be sampled
+    at all.
     """
+    study.check_rules()
     runs = {name: Planned(config) for name, config in study.models.items()}
     unit = runs[study.baseline].count.total.flops
     found = [
