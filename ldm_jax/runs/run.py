@@ -195,8 +195,10 @@ class Run:
         """
         given = read_backbone(self.config.initial, self.place)
         given.require(self.config)
-        fresh = self.training.init().params
-        return fitted(given, self.config.backbone, fresh, self.config.objective.differs)
+        differs, training = self.config.objective.differs, self.training
+        # Without a difference no fresh value is used: shapes do, and no moments are made to draw an image.
+        fresh = training.init().params if differs else training.abstract.params
+        return fitted(given, self.config.backbone, fresh, differs)
 
     def state(self) -> State:
         """Restores the newest sound checkpoint; without one, starts from `config.initial`, or from fresh values."""
