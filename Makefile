@@ -12,6 +12,7 @@ VENV ?= .venv
 EXTRAS ?= test
 WORKDIR ?= runs/demo
 STUDY ?= runs/efficiency
+SLOW ?= slow or full_size
 # A file of tests is one worker's, as what it sets up is shared; more than four take too much memory.
 PYTEST_FLAGS ?= --numprocesses=auto --maxprocesses=4 --dist=loadfile --no-loadscope-reorder --durations=10
 # Two virtual devices keep two cores busier than one does.
@@ -36,10 +37,10 @@ study: install
 	XLA_FLAGS="$(DEMO_FLAGS)" $(BIN)/python experiments/sampling_efficiency/study.py --workdir=$(STUDY)
 
 test: install
-	$(RUN) pytest -q -m "not slow" $(PYTEST_FLAGS)
+	$(RUN) pytest -q -m "not slow and not full_size" $(PYTEST_FLAGS)
 
 test-slow: install
-	$(RUN) pytest -q -m slow $(PYTEST_FLAGS)
+	$(RUN) pytest -q -m "$(SLOW)" $(PYTEST_FLAGS)
 
 test-parity:
 	$(MAKE) EXTRAS=test,parity test
