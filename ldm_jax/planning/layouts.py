@@ -1,18 +1,20 @@
 """Which layouts of a run may fit a slice, and which of them should be fast: by arithmetic, before anything is compiled.
 
 A layout is the mesh, the parts that a batch is taken in, and what the backward pass computes again. Memory is exact for
-what programs are given; what they keep between the passes is read off the derivative's residuals, of one example.
+what programs are given; what they keep between the passes, and what the largest block keeps while it is computed again,
+is read off the derivative's residuals, of one example.
 """
 
 import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.extend import core
 
 from ldm_jax.nn.stack import REMAT
 from ldm_jax.parallel import MeshConfig, device_bytes
@@ -24,7 +26,7 @@ from ldm_jax.types import Cond
 REACHED = 0.45  # of a chip's peak, by the products of a training step
 HIDDEN = 0.7  # of the time of collectives
 PARTS = (1, 2, 4, 8, 16)
-ROOM = 0.8  # of a chip's memory: the rest takes the program itself, and parameters on their way to a layer
+ROOM = 0.77  # of a chip's memory: the rest takes the program itself, and parameters on their way to a layer
 ALIKE = 0.02  # of a step's time: what differs by less is alike to this arithmetic
 # Forward passes' worth of a training step, and how often it gathers the parameters.
 PASSES = {"none": (3.0, 2), "dots": (3.2, 3), "full": (4.0, 3)}
@@ -153,7 +155,7 @@ def _estimate(
 
 
 def _kept(config: RunConfig, remat: str, device: Any) -> int:
-    """Bytes an example that the network keeps from the forward pass for the backward pass."""
+    """Bytes an example that the network keeps for the backward pass and in its midst."""
     alone = dataclasses.replace(
         config,
         mesh=MeshConfig(data=1),
@@ -165,6 +167,7 @@ def _kept(config: RunConfig, remat: str, device: Any) -> int:
 
 
 def _residuals(run: Planned, rows: int) -> int:
+    """Bytes that so many examples keep from the forward pass, and of the block that needs most while it is redone."""
     apply, text = run.network.apply, run.frozen.text
     shape = lambda *dims: jax.ShapeDtypeStruct((rows, *dims), jnp.float32)  # noqa: E731
     cond = Cond(
@@ -172,16 +175,46 @@ def _residuals(run: Planned, rows: int) -> int:
         pooled=shape(text.pooled_width) if text.pooled_width else None,
         sizes=shape(6),
     )
-
-    def backward(params: Any, x: Any, told: Any, cond: Cond) -> Any:
-        def forward(params: Any) -> Any:
-            return apply(params, x, told, apply(params, cond, method="prepare"))
-
-        return jax.vjp(forward, params)[1]
-
     params = jax.eval_shape(run.network.init, jax.random.key(0))
+    latents = shape(run.side, run.side, run.frozen.autoencoder.config.latent_channels)
+
+    def forward(params: Any) -> Any:
+        x, told, given = jax.tree.map(jnp.zeros_like, (latents, shape(), cond))
+        return apply(params, x, told, apply(params, given, method="prepare"))
+
     with jax.set_mesh(run.mesh):
-        latents = shape(run.side, run.side, run.frozen.autoencoder.config.latent_channels)
-        residuals = jax.eval_shape(backward, params, latents, shape(), cond)
-    leaves = jax.tree.leaves(residuals)
+        traced = jax.make_jaxpr(forward)(params)
+        return _between(core.jaxpr_as_fun(traced), *traced.in_avals) + _redone(traced.jaxpr)
+
+
+def _between(forward: Callable[..., Any], *args: Any) -> int:
+    """Bytes that `forward` keeps for its derivative, what it is given included."""
+    leaves = jax.tree.leaves(jax.eval_shape(lambda *args: jax.vjp(forward, *args)[1], *args))
     return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)
+
+
+def _redone(jaxpr: core.Jaxpr) -> int:
+    """Bytes that the block which needs most keeps while it is computed again, beyond what it had kept."""
+    blocks: dict[Any, int] = {}  # those that take and do the same need the same
+    for equation in jaxpr.eqns:
+        inner = list(core.jaxprs_in_params(equation.params))
+        alike = (
+            str(equation.primitive),
+            *(str(each.aval) for each in equation.invars),
+            *map(_length, inner),
+        )
+        if inner and alike not in blocks:
+            again = _beyond(equation) if equation.primitive.name == "remat2" else 0
+            blocks[alike] = again + max(map(_redone, inner))
+    return max(blocks.values(), default=0)
+
+
+def _beyond(equation: core.JaxprEqn) -> int:
+    given = [variable.aval for variable in equation.invars]
+    block = core.jaxpr_as_fun(core.ClosedJaxpr(equation.params["jaxpr"], ()))
+    kept = functools.partial(equation.primitive.bind, **equation.params)
+    return _between(block, *given) - _between(kept, *given)
+
+
+def _length(jaxpr: core.Jaxpr) -> int:
+    return len(jaxpr.eqns)

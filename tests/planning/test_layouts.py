@@ -48,9 +48,8 @@ def test_a_device_holds_its_part_of_a_state_its_gradient_and_what_is_kept_of_its
     (other,) = (x for x in layouts.estimates(twice, devices) if x.layout == layout)
     kept = other.memory - found[layout].memory  # of 8 images more
     block = 8 * 256 * 1152 * 2  # what goes from block to block, in bfloat16
-    assert (
-        4 * block < kept < 20 * block
-    )  # of each block its input; keys and values of the text, and the ends
+    # Of each block its input; keys and values of the text, the ends, and one block that is computed again.
+    assert 60 * block < kept < 75 * block
     assert found[layout].memory - kept == pytest.approx(20 * params / 8, rel=0.02)
 
 
@@ -62,6 +61,20 @@ def test_what_is_computed_again_is_not_kept(found):
         )
         assert none.memory > dots.memory > full.memory
         assert none.seconds < dots.seconds < full.seconds
+
+
+def test_a_block_that_is_computed_again_needs_in_the_meantime_what_one_that_is_kept_does(devices):
+    words = (*WORDS, "--config.backbone.pixart.depth=1")
+    needed = {"none": [], "full": []}
+    for batch in (64, 128):
+        config = parse(
+            (*words, f"--config.train.batch={batch}"), RunConfig, in_workdir=False
+        ).config
+        found = {x.layout: x.memory for x in layouts.estimates(config, devices)}
+        for remat, memory in needed.items():
+            memory.append(found[layouts.Layout(1, 8, 1, 1, remat)])
+    none, full = (more - fewer for fewer, more in needed.values())
+    assert full == pytest.approx(none, rel=0.15)
 
 
 def test_parameters_in_more_parts_take_less_memory(found):
