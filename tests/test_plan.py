@@ -64,12 +64,18 @@ def number(pattern, text):
     return float(re.search(pattern, text)[1].replace(",", ""))
 
 
+FOUR = ("--topology=v5p:2x2x1", "--config.mesh.data=1", "--config.mesh.fsdp=4")
+
+
+@pytest.fixture(scope="module")
+def whole():
+    """What is printed of a step that is compiled whole."""
+    return planned(*FOUR, "--program=training", "--price=4", "--profile")
+
+
 @pytest.mark.slow
-def test_a_plan_adds_up():
-    text = planned(
-        *("--topology=v5p:2x2x1", "--config.mesh.data=1", "--config.mesh.fsdp=4"),
-        *("--program=training", "--price=4", "--profile"),
-    )
+def test_a_plan_adds_up(whole):
+    text = whole
     total = number(r"\n  ([\d.]+) ms: compute", text)
     parts = [
         number(pattern, text)
@@ -88,10 +94,8 @@ def test_a_plan_adds_up():
 
 
 @pytest.mark.slow
-def test_before_code_memory_is_that_of_the_whole_compilation_and_the_time_near_it():
-    words = ("--topology=v5p:2x2x1", "--config.mesh.data=1", "--config.mesh.fsdp=4")
-    whole = planned(*words, "--program=training")
-    early = planned(*words, "--program=training", "--memory")
+def test_before_code_memory_is_that_of_the_whole_compilation_and_the_time_near_it(whole):
+    early = planned(*FOUR, "--program=training", "--memory")
     for name in ("parameters", "moments", "average", "results"):
         assert number(rf"{name} ([\d.]+)", early) == number(rf"{name} ([\d.]+)", whole)
     temporaries = number(r"temporaries ([\d.]+)", whole)
@@ -143,17 +147,19 @@ def test_a_batch_that_the_mesh_does_not_divide_is_refused(name, setting):
         programs.PROGRAMS[name](programs.Planned(config))
 
 
+# Before code, where collectives are those of the whole compilation.
 COLLECTIVES = """
 import json, sys
 import jax
 from ldm_jax.planning import programs
+from ldm_jax.planning.scheduled import scheduled
 from ldm_jax.runs.config import RunConfig
 from ldm_jax.settings.command_line import parse
 from ldm_jax.planning.aot import topology
 
 config = parse(sys.argv[1:], RunConfig, in_workdir=False).config
 run = programs.Planned(config, devices=topology("v5p:2x2x2"))
-found = programs.compiled(programs.training(run))
+found = scheduled(programs.training(run), config, "v5p:2x2x2", 1)
 params = jax.tree.leaves(found.program.arguments["state"].params)
 rows = [[c.kind, c.group, c.times, c.ici_bytes, c.bytes] for c in found.cost.collectives]
 divided = [leaf for leaf in params if leaf.sharding.shard_shape(leaf.shape) != leaf.shape]
