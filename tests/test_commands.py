@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import io
 import json
 import shutil
 from pathlib import Path
@@ -26,6 +27,7 @@ from ldm_jax.settings.command_line import UsageError, parse
 from ldm_jax.training import TrainingError
 from ldm_jax.training.checkpoints import Checkpoints
 
+COMBINED = ("--samplers=ddim,ddpm", "--guidance=1,2", "--seeds=0,1")
 LARGE_RED = "a large plain red circle at the center on a gray background"
 
 
@@ -35,6 +37,33 @@ def run(tmp_path_factory):
     with contextlib.chdir(folder):  # a relative path, as people give them
         tiny.run_whole(Path("run"))
     return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def drawn(run, tmp_path_factory):
+    """Images of two prompts with two seeds each, and what `sample` says while it draws."""
+    directory, said = tmp_path_factory.mktemp("drawn"), io.StringIO()
+    words = [f"--prompt={LARGE_RED}", "--prompt=a small blue ring", "--seeds=2"]
+    with contextlib.redirect_stderr(said):
+        words += [f"--output={directory}", "--config.sampling.batch=8"]
+        tiny.run(sample, run, *words, add_flags=sample.add_flags)
+    return directory, said.getvalue()
+
+
+@pytest.fixture(scope="module")
+def evaluated(run):
+    """The line of the last checkpoint's evaluation, with the images that it kept."""
+    tiny.run(evaluate, run)
+    tiny.run(evaluate, run, "--keep")
+    line = lines(run / "scores.jsonl")[-1]
+    return line, run / "evaluated" / line["cell"] / "images"
+
+
+@pytest.fixture(scope="module")
+def combined(run):
+    """The lines of two samplers at two scales with two seeds."""
+    tiny.run(evaluate, run, *COMBINED)
+    return {line["cell"].rsplit("-", 1)[0]: line for line in lines(run / "scores.jsonl")}
 
 
 def read(path):
@@ -76,29 +105,23 @@ def test_true_renders_score_far_above_an_untrained_model(run):
     assert true > 0.9 > 0.6 > untrained
 
 
-def test_samples_are_a_function_of_prompt_number_and_seed(run, tmp_path):
+def test_samples_are_a_function_of_prompt_number_and_seed(run, drawn, tmp_path):
     words = [f"--prompt={LARGE_RED}", "--prompt=a small blue ring", "--seeds=2"]
-    for name, batch in (("one", 8), ("other", 16)):
-        flags = [*words, f"--output={tmp_path / name}", f"--config.sampling.batch={batch}"]
-        tiny.run(sample, run, *flags, add_flags=sample.add_flags)
-    names = sorted(path.name for path in (tmp_path / "one").glob("0*.png"))
+    words += [f"--output={tmp_path}", "--config.sampling.batch=16"]
+    tiny.run(sample, run, *words, add_flags=sample.add_flags)
+    names = sorted(path.name for path in drawn[0].glob("0*.png"))
     assert names == ["00000-00.png", "00000-01.png", "00001-00.png", "00001-01.png"]
-    pixels = {
-        name: [read(tmp_path / run_name / name) for run_name in ("one", "other")] for name in names
-    }
+    pixels = {name: [read(place / name) for place in (drawn[0], tmp_path)] for name in names}
     assert all(np.abs(one - other).max() <= 1 for one, other in pixels.values())
     assert np.abs(pixels[names[0]][0] - pixels[names[1]][0]).max() > 5
-    assert json.loads((tmp_path / "one" / "images.json").read_text()) == [
-        LARGE_RED,
-        "a small blue ring",
-    ]
+    assert json.loads((tmp_path / "images.json").read_text()) == [LARGE_RED, "a small blue ring"]
 
 
-def test_every_step_is_shown_on_request(run, tmp_path, capsys):
-    words = ["--prompt=x", "--seeds=9", "--config.sampling.steps=3", f"--output={tmp_path}"]
-    for more in ([], ["--progress"]):
-        tiny.run(sample, run, *words, *more, add_flags=sample.add_flags)
-        assert ("6/6" in capsys.readouterr().err) == bool(more)  # of 2 batches
+def test_every_step_is_shown_on_request(run, drawn, tmp_path, capsys):
+    words = ["--prompt=x", "--seeds=9", f"--output={tmp_path}", "--progress"]
+    tiny.run(sample, run, *words, add_flags=sample.add_flags)
+    assert "4/4" in capsys.readouterr().err  # of 2 batches
+    assert "2/2" not in drawn[1]
 
 
 def test_what_of_prompts_no_encoder_sees_is_shown_by_all_that_draw(run, tmp_path, caplog):
@@ -116,66 +139,56 @@ def test_what_of_prompts_no_encoder_sees_is_shown_by_all_that_draw(run, tmp_path
         assert len(shown) == 6 and "ring  4'" in shown[4] and "3 prompts more" in shown[5]
 
 
-def test_images_decoded_in_tiles_are_almost_those_decoded_whole(run, tmp_path):
+def test_images_decoded_in_tiles_are_almost_those_decoded_whole(run, drawn, tmp_path):
     """But for what the autoencoder's attention sees of the whole image."""
-    for tile in (0, 6):
-        words = [f"--prompt={LARGE_RED}", f"--output={tmp_path / str(tile)}"]
-        flags = [*words, f"--config.sampling.tile={tile}"]
-        tiny.run(sample, run, *flags, add_flags=sample.add_flags)
-    whole, tiled = (read(tmp_path / name / "00000-00.png") for name in ("0", "6"))
+    words = [f"--prompt={LARGE_RED}", f"--output={tmp_path}", "--config.sampling.tile=6"]
+    tiny.run(sample, run, *words, add_flags=sample.add_flags)
+    whole, tiled = (read(place / "00000-00.png") for place in (drawn[0], tmp_path))
     assert 0 < np.sqrt(np.mean((whole - tiled) ** 2)) < 25
 
 
-def test_evaluation_of_the_last_checkpoint_repeats_that_of_training(run, capsys):
-    tiny.run(evaluate, run)
-    again = lines(run / "scores.jsonl")[-1]
+def test_evaluation_of_the_last_checkpoint_repeats_that_of_training(run, evaluated, capsys):
+    again, _ = evaluated
     trained = lines(run / "evaluations.jsonl")[-1]
     assert again["model"]["examples"] == trained["examples"]
     for name, score in trained["scores"].items():
         assert again["scores"][name] == pytest.approx(score, abs=1e-4, nan_ok=True)
+    tiny.run(evaluate, run)
     assert "faithfulness" in capsys.readouterr().out
 
 
-def test_every_combination_is_evaluated_once_and_seeds_together(run, capsys):
-    words = ["--samplers=ddim,ddpm", "--guidance=1,2", "--seeds=0,1"]
-    tiny.run(evaluate, run, *words)
-    count = len(lines(run / "scores.jsonl"))
-    found = {line["cell"].rsplit("-", 1)[0]: line for line in lines(run / "scores.jsonl")}
-    drawn = [f"{s}-2-g{g}-s{n}" for s in ("ddim", "ddpm") for g in (1, 2) for n in (0, 1)]
+def test_every_combination_is_evaluated_once_and_seeds_together(run, combined, capsys):
+    found, count = combined, len(lines(run / "scores.jsonl"))
+    apart = [f"{s}-2-g{g}-s{n}" for s in ("ddim", "ddpm") for g in (1, 2) for n in (0, 1)]
     together = [f"{s}-2-g{g}-s0+1" for s in ("ddim", "ddpm") for g in (1, 2)]
-    assert set(found) == {*drawn, *together}
+    assert set(found) >= {*apart, *together}
     for name in together:
         alone = [found[name.replace("0+1", seed)]["scores"] for seed in "01"]
         for score, (value, *_) in found[name]["scores"].items():
             assert value == pytest.approx(np.mean([each[score][0] for each in alone])), score
-    tiny.run(evaluate, run, *words)
+    tiny.run(evaluate, run, *COMBINED)
     assert len(lines(run / "scores.jsonl")) == count
     assert "ddpm-2-g2-s0+1" in capsys.readouterr().out
 
 
-def test_images_that_are_kept_score_as_they_did_when_they_were_drawn(run, tmp_path):
-    tiny.run(evaluate, run, "--keep", "--seeds=5")
-    drawn = lines(run / "scores.jsonl")[-1]
-    images = run / "evaluated" / drawn["cell"] / "images"
+def test_images_that_are_kept_score_as_they_did_when_they_were_drawn(evaluated, tmp_path):
+    line, images = evaluated
     tiny.run(evaluate, tmp_path, tiny.given(tmp_path), f"--images=folder:{images}")
     given = lines(tmp_path / "scores.jsonl")[-1]
     assert "clip_score" in given["scores"]
-    assert given["prompts"]["digest"] == drawn["prompts"]["digest"]
+    assert given["prompts"]["digest"] == line["prompts"]["digest"]
     for name in ("clip_score", "clip_score_x100", "clip_r_precision"):
-        assert given["scores"][name] == pytest.approx(drawn["scores"][name], abs=1e-5)
+        assert given["scores"][name] == pytest.approx(line["scores"][name], abs=1e-5)
 
 
-def test_images_can_be_kept_of_what_is_finished(run):
-    tiny.run(evaluate, run, "--seeds=6")
-    tiny.run(evaluate, run, "--seeds=6", "--keep")
-    line = lines(run / "scores.jsonl")[-1]
-    images = run / "evaluated" / line["cell"] / "images"
+def test_images_can_be_kept_of_what_is_finished(evaluated):
+    images = evaluated[1]
     assert len(list(images.glob("*.png"))) == len(lines(images / "metadata.jsonl")) == 8
 
 
-def test_a_model_that_is_used_otherwise_is_evaluated_anew(run):
-    first = lines(run / "scores.jsonl")[-1]
-    tiny.run(evaluate, run, "--seeds=6", "--config.prediction=x_0")
+def test_a_model_that_is_used_otherwise_is_evaluated_anew(run, evaluated):
+    first, _ = evaluated
+    tiny.run(evaluate, run, "--config.prediction=x_0")
     second = lines(run / "scores.jsonl")[-1]
     assert first["model"]["identity"] != second["model"]["identity"]
     assert first["cell"] != second["cell"]
@@ -193,9 +206,8 @@ def test_what_cannot_be_is_refused_before_anything_is_drawn(run, tmp_path):
     assert sorted(path.name for path in (run / "evaluated").iterdir()) == before
 
 
-def test_runs_of_other_seeds_are_averaged(run, capsys):
-    tiny.run(evaluate, run, "--seeds=7")
-    other = run / "evaluated" / lines(run / "scores.jsonl")[-1]["cell"]
+def test_runs_of_other_seeds_are_averaged(run, evaluated, combined, capsys):
+    other = run / "evaluated" / combined["ddim-2-g2-s1"]["cell"]
     tiny.run(evaluate, run, f"--over={other}")
     assert "-of-2-runs" in capsys.readouterr().out
 
@@ -369,12 +381,11 @@ def test_a_sampler_is_refused_where_it_is_not_defined(monkeypatch):
         sampling_of(monkeypatch, sampler=Heun(variable="ratio"), spacing=Even(), steps=4)
 
 
-def test_guidance_leads_away_from_the_negative_prompt(run, tmp_path):
-    for negative in ("", "a small blue ring"):
-        words = [f"--prompt={LARGE_RED}", f"--output={tmp_path / (negative or 'none')}"]
-        words += [f"--config.sampling.negative={negative}", "--config.sampling.guidance=7.0"]
-        tiny.run(sample, run, *words, add_flags=sample.add_flags)
-    one, other = (read(tmp_path / name / "00000-00.png") for name in ("none", "a small blue ring"))
+def test_guidance_leads_away_from_the_negative_prompt(run, drawn, tmp_path):
+    words = [f"--prompt={LARGE_RED}", f"--output={tmp_path}"]
+    words += ["--config.sampling.negative=a small blue ring"]
+    tiny.run(sample, run, *words, add_flags=sample.add_flags)
+    one, other = (read(place / "00000-00.png") for place in (drawn[0], tmp_path))
     assert np.abs(one - other).max() > 0
 
 

@@ -20,7 +20,7 @@ from ldm_jax import encode
 from ldm_jax.training.checkpoints import Checkpoints
 
 ROOT = Path(__file__).parent.parent
-KILLS = 10
+KILLS = 6
 EXAMPLES = 640
 
 
@@ -72,7 +72,7 @@ def told(workdir: Path) -> tuple[list[dict], dict[int, dict]]:
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Sharding info not provided")
-def test_a_run_killed_ten_times_ends_bit_identical_to_an_undisturbed_one(tmp_path):
+def test_a_run_killed_at_any_moment_ends_bit_identical_to_an_undisturbed_one(tmp_path):
     train = dataclasses.replace(tiny.TINY.train, examples=EXAMPLES, save_every=32, log_every=48)
     evaluation = dataclasses.replace(tiny.TINY.eval, every=320)
     config = dataclasses.replace(tiny.TINY, train=train, eval=evaluation)

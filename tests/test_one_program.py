@@ -5,7 +5,6 @@ import functools
 
 import jax
 import numpy as np
-import pytest
 import tiny
 from jax.extend import core
 
@@ -56,12 +55,11 @@ def program(devices=1):
     return draw, generate.__wrapped__
 
 
-@pytest.mark.parametrize("devices", [2, 4, 8])
-def test_images_do_not_depend_on_the_number_of_devices(devices):
+def test_images_do_not_depend_on_the_number_of_devices():
     """But for a value that rounding moves by one, where a sum was made in another order."""
-    one, other = (program(count)[0](PROMPTS) for count in (1, devices))
+    one, other = (program(devices)[0](PROMPTS) for devices in (1, 8))
     assert one.dtype == np.uint8 and one.shape == (len(PROMPTS), 64, 64, 3)
-    assert len(other.sharding.device_set) == devices
+    assert len(other.sharding.device_set) == 8
     one, other = (np.asarray(pixels, int) for pixels in (one, other))
     assert np.abs(one - other).max() <= 1 and (one != other).mean() < 0.01
     assert one.std() > 5

@@ -131,7 +131,7 @@ def drawn_by_diffusers(pipeline, config, noise):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", PIPELINES)
+@pytest.mark.parametrize("name", ["sdxl", "pixart"])  # SD's images are compared below
 def test_a_run_with_such_a_directory_becomes_a_pipeline_that_draws_the_same_image(tmp_path, name):
     config, workdir = config_of(name, tmp_path / "pretrained"), tmp_path / "run"
     tiny.run(encode, workdir, tiny.given(tmp_path, config))

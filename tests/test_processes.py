@@ -224,9 +224,9 @@ def test_no_example_is_skipped_or_repeated(calm):
     assert len(set(epochs[2])) == EXAMPLES - 2 * RECORDS and set(epochs[2]) < set(epochs[0])
 
 
-@pytest.mark.parametrize(("processes", "devices", "sizes"), [(4, 1, (1, 4)), (2, 2, (1, 2, 2))])
-def test_processes_train_as_one_does(fresh, calm, processes, devices, sizes):
-    finished(fresh, processes, devices, *mesh(*sizes))
+def test_processes_train_as_one_does(fresh, calm):
+    """On all axes of the mesh; four of them do so below, where a run goes on."""
+    finished(fresh, 2, 2, *mesh(1, 2, 2))
     assert_alike(fresh, calm)
     # All connections stand before there is anything to compile, as Gloo waits no longer than 30 s for one.
     _, found, after = (fresh / "log0").read_text().partition("Skipped metrics")
@@ -268,7 +268,7 @@ def test_processes_make_a_study_as_one_does(tmp_path):
         finished(workdir, processes, 1, program=(ROOT / "tests" / "watched_study.py",))
         records = read_records(SamplingRecord, workdir / "records.jsonl")
         found[processes] = {record.key: record for record in records}
-    assert len(found[1]) == 6 and set(found[1]) == set(found[2])
+    assert len(found[1]) == 3 and set(found[1]) == set(found[2])
     for key, record in found[1].items():
         ours, theirs = record.scores["clip_score"], found[2][key].scores["clip_score"]
         assert theirs[0] == pytest.approx(ours[0], abs=1e-2)
@@ -357,8 +357,7 @@ def test_a_run_goes_on_with_other_processes_on_another_mesh(fresh, calm):
 @pytest.mark.parametrize(
     ("processes", "moment"),
     [
-        *((1, "in a step"), (1, "while it saves"), (1, "while it evaluates")),
-        *((2, "in a step"), (2, "while it evaluates")),
+        *((1, "while it saves"), (2, "in a step"), (2, "while it evaluates")),
     ],
 )
 def test_sigterm_leaves_a_checkpoint_and_the_run_goes_on(fresh, calm, processes, moment):
@@ -428,21 +427,16 @@ def test_a_process_that_never_arrives_is_waited_for_in_vain_for_so_long(fresh, m
     assert "Not all processes arrived within --arrival-timeout=10 seconds" in last
 
 
-@pytest.mark.parametrize("damage", ["truncated", "flipped"])
-def test_damage_to_the_newest_checkpoint_is_met_by_all_processes_alike(fresh, calm, damage):
+def test_damage_to_the_newest_checkpoint_is_met_by_all_processes_alike(fresh, calm):
     """Though only one of them reads the file: all take the checkpoint before, and say so."""
-    with Job(fresh, 2, 2, *mesh(1, 4)) as job:
+    with Job(fresh, 2, 2, *mesh(2, 2)) as job:
         job.until(lambda: (Checkpoints(fresh / "checkpoints").latest() or 0) >= 4 * BATCH)
         for process in job.processes:
             process.kill()
     newest = Checkpoints(fresh / "checkpoints").latest()
     path = max((fresh / "checkpoints" / f"{newest:012d}").rglob("d/*"), key=os.path.getsize)
     data = bytearray(path.read_bytes())
-    middle = len(data) // 2
-    if damage == "truncated":
-        del data[middle:]
-    else:
-        data[middle] ^= 1
+    data[len(data) // 2] ^= 1
     path.write_bytes(data)
     finished(fresh, 2, 2, *mesh(2, 2))
     log = (fresh / "log0").read_text()

@@ -55,7 +55,7 @@ def test_class_tokens_are_those_of_transformers(transformers_answers, form, size
     assert error(given, expected[f"{size}_features"]) < 1e-5
 
 
-@pytest.mark.slow
+@pytest.mark.full_size
 def test_class_tokens_of_a_wide_network_are_those_of_transformers(goldens, tmp_path):
     options = {"hidden_size": 384, "num_hidden_layers": 12, "num_attention_heads": 6}
     directory = written_by_transformers(

@@ -33,7 +33,7 @@ VIT_L_VISION = {
 }
 END = 49407  # ends a caption: the highest id
 
-pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]  # torch's are not ours
+pytestmark = [pytest.mark.full_size, pytest.mark.filterwarnings("ignore")]  # torch's are not ours
 
 
 def draw(*shape):

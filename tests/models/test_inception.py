@@ -86,7 +86,7 @@ def loops(jaxpr):
     return [equation for equation in jaxpr.eqns if equation.primitive.name == "scan"]
 
 
-@pytest.mark.slow
+@pytest.mark.full_size
 def test_at_its_real_widths_it_answers_as_live_torch_fidelity_does(goldens, tmp_path):
     live = write_live(goldens, tmp_path / "live", seed=2, divisor=1)
     check(goldens, live, InceptionConfig(), tmp_path)

@@ -55,7 +55,7 @@ def test_distances_are_those_of_the_lpips_package(lpips_answers, net):
     assert error(ours, theirs) < 1e-5
 
 
-@pytest.mark.slow
+@pytest.mark.full_size
 @pytest.mark.parametrize("net", TRUNKS)
 def test_distances_of_the_whole_networks_are_those_of_the_lpips_package(goldens, net, tmp_path):
     written_by_lpips(goldens, tmp_path, divisors={net: 1})

@@ -368,22 +368,23 @@ def test_study_killed_in_the_middle_continues_and_ends_as_if_undisturbed(tmp_pat
 
         return added
 
+    grid = dataclasses.replace(GRID, others={"ddpm": (2,)})
     monkeypatch.setattr(engine.Ledger, "add", kill_after(5))
     with pytest.raises(Killed):
-        engine.run(GRID, tmp_path / "killed")
-    found = engine.run(GRID, tmp_path / "killed")
-    undisturbed = engine.run(GRID, tmp_path / "whole")
-    assert len(found) == len(undisturbed) == 2 * CELLS
+        engine.run(grid, tmp_path / "killed")
+    found = engine.run(grid, tmp_path / "killed")
+    undisturbed = engine.run(grid, tmp_path / "whole")
+    assert len(found) == len(undisturbed) == 2 * 2 * (2 * 2 + 1)
     assert len(begun) == 2 * len(undisturbed)  # each cell was drawn once in either directory
     # The first cell of each program compiles; of the others each is timed.
-    cold = len(GRID.models) * len({(r.sampler, r.steps) for r in undisturbed})
+    cold = len(grid.models) * len({(r.sampler, r.steps) for r in undisturbed})
     assert sum(r.seconds is None for r in undisturbed) == cold
     assert all(r.seconds is None or r.seconds > 0 for r in found)
     for one, other in zip(found, undisturbed, strict=True):
         timeless = dataclasses.replace(one, seconds=None)
         assert timeless == dataclasses.replace(other, seconds=None)
     rates = {(r.model, r.steps, r.guidance) for r in undisturbed if r.sampler != "ddim"}
-    assert len(rates) == 4  # one scale for a model and its steps
+    assert len(rates) == 2  # one scale for a model and its steps
     for each in undisturbed:
         for name in SCORES:
             np.testing.assert_allclose(
@@ -402,4 +403,4 @@ def redrawn(directory):
                 assert (directory / f"{name}-{score}.{kind}").stat().st_size > 1000
     assert set(json.loads((directory / "verdicts.json").read_text())) == {"about", *SCORES}
     assert "By faithfulness" in (directory / "page.html").read_text()
-    assert len(read_records(SamplingRecord, directory / engine.LEDGER)) == 28
+    assert len(read_records(SamplingRecord, directory / engine.LEDGER)) == 20
