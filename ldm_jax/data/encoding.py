@@ -9,7 +9,6 @@ import collections
 import contextlib
 import dataclasses
 import functools
-import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -37,7 +36,7 @@ from ldm_jax.data.latents import (
 )
 from ldm_jax.data.sources import Skip, Source, provenance
 from ldm_jax.files.durable import alone_in, claim, explained_disk_errors, publish, write_atomically
-from ldm_jax.files.typed_json import read_json
+from ldm_jax.files.typed_json import read_json, write_json
 from ldm_jax.parallel import one_ahead
 from ldm_jax.types import Cond, Images, Latent
 
@@ -221,7 +220,7 @@ class _Job:
                     writer.write(pack(record))
         shard.bytes = partial.stat().st_size
         publish(partial, path)
-        write_atomically(_statistics_of(path), json.dumps(dataclasses.asdict(shard)).encode())
+        write_atomically(_statistics_of(path), write_json(dataclasses.asdict(shard)).encode())
         return shard
 
     def _batches(

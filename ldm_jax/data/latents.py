@@ -7,7 +7,6 @@ ArrayRecord files with one record a group, so that any record is one seek away.
 import contextlib
 import dataclasses
 import functools
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,7 +19,7 @@ from jaxtyping import Float16
 
 from ldm_jax.files.buckets import in_bucket
 from ldm_jax.files.durable import write_atomically
-from ldm_jax.files.typed_json import read_json
+from ldm_jax.files.typed_json import read_json, write_json
 
 VERSION = 1
 MANIFEST = "manifest.json"
@@ -122,7 +121,7 @@ class Manifest:
     def write(self, directory: Path) -> None:
         """Writes `manifest.json`, all of it or nothing."""
         write_atomically(
-            directory / MANIFEST, json.dumps(dataclasses.asdict(self), indent=1).encode()
+            directory / MANIFEST, write_json(dataclasses.asdict(self), indent=1).encode()
         )
 
     @classmethod

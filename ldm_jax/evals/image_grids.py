@@ -11,6 +11,8 @@ from PIL import Image
 from ldm_jax.files.durable import naming
 from ldm_jax.types import Pixels
 
+RECONSTRUCTIONS = "reconstructions.png"  # of images of the data, in a run's directory
+
 
 def image_grid(pixels: Pixels, columns: int, gap: int = 2) -> UInt8[np.ndarray, "height width 3"]:
     """Images row by row, on white."""

@@ -31,6 +31,7 @@ from etils import epath
 from matplotlib.axes import Axes
 from PIL import Image
 
+from ldm_jax.evals.image_grids import RECONSTRUCTIONS
 from ldm_jax.evals.journal import EvaluationLine, Prompt
 from ldm_jax.files.flat import flat
 from ldm_jax.files.ledger import read_records
@@ -45,7 +46,6 @@ from ldm_jax.types import Estimate
 Line = dict[str, Any]
 
 PARTS = ("config.json", "metrics.jsonl", "evaluations.jsonl", "prompts.json", "references.json")
-RECONSTRUCTIONS = "reconstructions.png"
 MAX_SHEETS = 12  # grids on the page, evenly over the run
 
 

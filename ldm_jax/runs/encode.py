@@ -10,7 +10,7 @@ import numpy as np
 from ldm_jax.data import encoding, open_source
 from ldm_jax.data.latents import Manifest
 from ldm_jax.data.sources import Source, tally
-from ldm_jax.evals.image_grids import save_grid
+from ldm_jax.evals.image_grids import RECONSTRUCTIONS, save_grid
 from ldm_jax.evals.references import SourceImages
 from ldm_jax.metrics.pairs import MOST_DECIBELS, psnr
 from ldm_jax.metrics.resize import to_pixels
@@ -20,7 +20,6 @@ from ldm_jax.runs.config import claim
 from ldm_jax.runs.run import Run
 from ldm_jax.types import Cond, Images, Latent
 
-RECONSTRUCTIONS = "reconstructions.png"  # in a run's directory
 SHOWN = 8  # images in it, each beside its reconstruction
 # dB of the mean PSNR below which one is warned. The embedded autoencoder gives scenes back at 36 dB, photographs at
 # 13 and noise at 8; that of Stable Diffusion gives photographs back at 25 to 30.

@@ -5,7 +5,8 @@ import tiny
 from PIL import Image
 
 from ldm_jax.data import open_source
-from ldm_jax.runs.encode import RECONSTRUCTIONS, reconstruct
+from ldm_jax.evals.image_grids import RECONSTRUCTIONS
+from ldm_jax.runs.encode import reconstruct
 from ldm_jax.runs.run import Run
 
 
