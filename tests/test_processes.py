@@ -268,7 +268,7 @@ def test_processes_make_a_study_as_one_does(tmp_path):
         finished(workdir, processes, 1, program=(ROOT / "tests" / "watched_study.py",))
         records = read_records(SamplingRecord, workdir / "records.jsonl")
         found[processes] = {record.key: record for record in records}
-    assert len(found[1]) == 3 and set(found[1]) == set(found[2])
+    assert len(found[1]) == 6 and set(found[1]) == set(found[2])
     for key, record in found[1].items():
         ours, theirs = record.scores["clip_score"], found[2][key].scores["clip_score"]
         assert theirs[0] == pytest.approx(ours[0], abs=1e-2)

@@ -13,14 +13,7 @@ from ldm_jax.parallel import distributed
 from ldm_jax.settings.command_line import run_command
 from ldm_jax.studies import engine
 
-SMALL = dataclasses.replace(
-    GRID,
-    models={"small": GRID.models["small"]},
-    baseline="small",
-    steps=(2,),
-    others={"ddpm": (2,)},
-    seeds=(0,),
-)
+SMALL = dataclasses.replace(GRID, steps=(2,), others={"ddpm": (2,)}, seeds=(0,))
 
 
 def main(flags: argparse.Namespace) -> None:
