@@ -7,6 +7,7 @@ from scipy import optimize
 from ldm_jax.studies.fit import best_size, fit_loss, fit_power_law
 
 SIZES = np.geomspace(1e5, 3e7, 8)
+REPEATS = 200
 LAW = (3.0, -0.3, 0.7)  # scale, exponent, floor
 LOSS = (
     1.8,
@@ -129,7 +130,7 @@ def covered(fits, truth):
 def test_intervals_of_an_exponent_cover_it(floor):
     """With noise as that of a score between training seeds, 2%."""
     rng = np.random.default_rng(0)
-    noise = np.exp(0.02 * rng.normal(size=(500, len(SIZES))))
+    noise = np.exp(0.02 * rng.normal(size=(REPEATS, len(SIZES))))
     found = [
         fit_power_law(SIZES, law(SIZES, floor) * each, floor=floor, resamples=200) for each in noise
     ]
@@ -140,7 +141,7 @@ def test_intervals_of_an_exponent_cover_it(floor):
 @pytest.mark.slow
 def test_intervals_of_a_loss_cover_it():
     rng = np.random.default_rng(0)
-    noise = np.exp(0.002 * rng.normal(size=(500, len(PARAMS))))
+    noise = np.exp(0.002 * rng.normal(size=(REPEATS, len(PARAMS))))
     found = [
         fit_loss(PARAMS, EXAMPLES, loss(PARAMS, EXAMPLES) * each, resamples=200) for each in noise
     ]
